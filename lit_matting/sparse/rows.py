@@ -20,6 +20,7 @@ def gather(image: Tensor, active: ActiveSet) -> Tensor:
         (N, C), in batch-major raster order.
 
     Example:
+        >>> import torch
         >>> active = ActiveSet.from_mask(torch.tensor([[[True, False], [False, True]]]))
         >>> gather(torch.arange(4.0).view(1, 1, 2, 2), active).tolist()
         [[0.0], [3.0]]
@@ -42,6 +43,7 @@ def scatter(features: Tensor, active: ActiveSet, background: Tensor | float = 0.
         (B, C, H, W), a new tensor.
 
     Example:
+        >>> import torch
         >>> active = ActiveSet.from_mask(torch.tensor([[[True, False], [False, True]]]))
         >>> scatter(torch.tensor([[1.0], [2.0]]), active, background=9.0).tolist()
         [[[[1.0, 9.0], [9.0, 2.0]]]]
