@@ -34,7 +34,7 @@ def mad(pred: Matte, alpha: Matte, region: Region = None) -> float:
         >>> mad(np.ones((2, 2)), np.array([[1.0, 1.0], [1.0, 0.0]]))
         0.25
     """
-    predicted, truth, inside = read_pair(pred, alpha, region)
+    _, truth, inside = read_pair(pred, alpha, region)
     count = truth.size if inside is None else int(inside.sum())
     return 1000 * sad(pred, alpha, region) / count if count else 0.0
 

@@ -78,7 +78,7 @@ def read_pair(
     predicted, truth = read_matte(pred, "pred"), read_matte(alpha, "alpha")
     if predicted.shape != truth.shape:
         raise InputError(
-            f"`pred` is {predicted.shape} but `alpha` is {truth.shape}; resize the prediction to the truth, not the truth."
+            f"`pred` is {predicted.shape} but `alpha` is {truth.shape}; resize the prediction, never the truth."
         )
     return predicted, truth, read_region(region, truth.shape)
 
