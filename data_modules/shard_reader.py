@@ -1,0 +1,354 @@
+"""Random access to the samples of a set of shards."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_modules import tar
+from data_modules.shard_format import FORMAT, IMAGE_EXTENSIONS, Phrase, ShardInfo, describe_shard
+from lit_matting.checks import InputError
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:(//|\S)")
+_NUMBERED = re.compile(r"-\d+\.tar$")
+_MAX_OPEN_FILES = 32
+
+
+class SampleError(ValueError):
+    """One sample cannot be used: a member is missing, damaged, or does not fit the others."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What a sample's JSON says about one instance."""
+
+    id: str
+    target: str
+    kind: str
+    phrases: tuple[Phrase, ...]
+    category: str
+    foreground: str | None
+    fields: dict[str, Any]
+    """The whole JSON entry, extra fields included."""
+
+
+class RawSample:
+    """One image with its instances, read but not decoded.
+
+    ``members`` maps ``jpg``, ``0.alpha.png``, ... to views of the bytes; ``meta`` is the JSON.
+    """
+
+    def __init__(self, key: str, where: str, members: dict[str, memoryview]) -> None:
+        self.key = key
+        self.where = where
+        self.members = members
+        try:
+            self.meta: dict[str, Any] = json.loads(bytes(members["json"]))
+            self.instances = tuple(_instance(entry) for entry in self.meta["instances"])
+        except KeyError as error:
+            raise SampleError(f"{where}: {error} is missing.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+            raise SampleError(f"{where}: its JSON cannot be read ({error}).") from error
+        if not self.instances:
+            raise SampleError(f"{where}: it has no instances.")
+
+    @property
+    def image_name(self) -> str:
+        """Member name of the image: ``jpg``, ``png``, ..."""
+        for extension in IMAGE_EXTENSIONS:
+            if extension in self.members:
+                return extension
+        raise SampleError(f"{self.where}: it has no image ({', '.join(IMAGE_EXTENSIONS)}).")
+
+    def member(self, name: str) -> memoryview:
+        """Return the bytes of a member.
+
+        Raises:
+            SampleError: If it is not there.
+        """
+        try:
+            return self.members[name]
+        except KeyError:
+            raise SampleError(f"{self.where}: member {name!r} is missing.") from None
+
+
+class ShardIndex:
+    """A data set's shards, opened for reading any sample by number.
+
+    Build it with :meth:`load`. ``len(index)`` is the number of samples; sample ``n`` is read by ``index.read(n)``.
+
+    Args:
+        dataset: Name of the data set.
+        split: Name of the split.
+        shards: The shards in order.
+        paths: Where each shard is: a local path or a URL.
+        locate: Turns a URL into the path of a local copy; needed only when there are URLs.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        shards: Sequence[ShardInfo],
+        paths: Sequence[str],
+        locate: Callable[[str, ShardInfo], str] | None = None,
+    ) -> None:
+        self.dataset, self.split = dataset, split
+        self.shards, self.paths = tuple(shards), tuple(paths)
+        self.locate = locate
+        self.counts = np.array([shard.samples for shard in shards], dtype=np.int64)
+        """(number of shards,) samples in each shard."""
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        """(number of shards + 1,) number of the first sample of each shard."""
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    @classmethod
+    def load(
+        cls,
+        shards: str | Path | Sequence[str | Path],
+        verify: bool = False,
+        open_url: Callable[[str], bytes] | None = None,
+        locate: Callable[[str, ShardInfo], str] | None = None,
+    ) -> ShardIndex:
+        """Open shards given as an index file, a folder with one index, a glob, braces, URLs, or a list of these.
+
+        Tar files without an index are read through once to make one in memory.
+
+        Args:
+            shards: Where the shards are.
+            verify: Also compare every local shard with its checksum (reads everything).
+            open_url: Returns the bytes of an index behind a URL.
+            locate: Returns a local copy of the shard behind a URL.
+
+        Raises:
+            InputError: If nothing is there, the format is another one, or a shard does not have the stated size.
+        """
+        given = [shards] if isinstance(shards, (str, Path)) else list(shards)
+        infos: list[ShardInfo] = []
+        paths: list[str] = []
+        names: list[tuple[str, str]] = []
+        for source in given:
+            for index_path, wanted in _expand(str(source)):
+                name, found = _load_one(index_path, wanted, open_url, locate)
+                names.append(name)
+                infos += [info for info, _ in found]
+                paths += [path for _, path in found]
+        if not infos:
+            raise InputError(f"no shards found at {_listed(given)}; give an index file, a folder, a glob or a URL.")
+        for info, path in zip(infos, paths):
+            if not is_url(path):
+                _verify(info, path, verify)
+        datasets = dict.fromkeys(name for name, _ in names)
+        splits = dict.fromkeys(split for _, split in names)
+        return cls("+".join(datasets), "+".join(splits), infos, paths, locate)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # open files belong to one process
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def where(self, number: int) -> tuple[int, int]:
+        """Return ``(shard, position inside it)`` of a sample."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)} in {self.dataset!r}")
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard, number - int(self.starts[shard])
+
+    def read(self, number: int) -> RawSample:
+        """Read sample ``number`` (counted over all shards).
+
+        Raises:
+            SampleError: If its bytes are damaged; the message names shard and sample.
+        """
+        return self.read_at(*self.where(number))
+
+    def read_at(self, shard: int, position: int) -> RawSample:
+        """Read the sample at ``position`` of shard number ``shard``."""
+        info = self.shards[shard]
+        start = int(info.offsets[position])
+        stop = int(info.offsets[position + 1]) if position + 1 < info.samples else info.bytes
+        data = os.pread(self._descriptor(shard), stop - start, start)
+        return self._parse(info, position, data)
+
+    def __iter__(self) -> Iterator[RawSample]:
+        for number in range(len(self)):
+            yield self.read(number)
+
+    def close(self) -> None:
+        """Close the open shard files; the next read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _parse(self, info: ShardInfo, position: int, data: bytes) -> RawSample:
+        members: dict[str, memoryview] = {}
+        key = None
+        try:
+            for name, content, _ in tar.members(data):
+                found, _, member = name.rpartition("/")[2].partition(".")
+                if key is None:
+                    key = found
+                elif found != key:
+                    break
+                members[member] = content
+        except (tar.TarError, UnicodeDecodeError) as error:
+            raise SampleError(f"shard '{info.file}', sample {key or f'number {position}'!r}: {error}.") from error
+        if key is None:
+            raise SampleError(
+                f"shard '{info.file}': nothing at byte {int(info.offsets[position])}; its index is of another file."
+            )
+        return RawSample(key, f"shard '{info.file}', sample {key!r}", members)
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        info, path = self.shards[shard], self.paths[shard]
+        if is_url(path):
+            if self.locate is None:
+                raise InputError(f"shard '{path}' is a URL, and this index was opened without a way to fetch it.")
+            path = self.locate(path, info)
+        descriptor = self._files[shard] = os.open(path, os.O_RDONLY)
+        if len(self._files) > _MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+
+def is_url(path: str) -> bool:
+    """Say whether a path is for webdataset to open rather than a local file.
+
+    Example:
+        >>> is_url("http://host/train.index.json"), is_url("pipe:cat x.tar"), is_url("shards/train.index.json")
+        (True, True, False)
+    """
+    return _URL.match(path) is not None
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Write out brace patterns.
+
+    Example:
+        >>> expand_braces("a-{00..02}.tar")
+        ['a-00.tar', 'a-01.tar', 'a-02.tar']
+    """
+    from braceexpand import braceexpand
+
+    return list(braceexpand(pattern))
+
+
+def _expand(source: str) -> list[tuple[str, list[str] | None]]:
+    """Turn one given source into ``(index path, wanted shard paths or None for all)``."""
+    names = expand_braces(source) if "{" in source else [source]
+    if len(names) == 1 and not is_url(source):
+        if os.path.isdir(source):
+            found = sorted(glob.glob(os.path.join(glob.escape(source), "*.index.json")))
+            if len(found) > 1:
+                listed = ", ".join(os.path.basename(path) for path in found)
+                raise InputError(f"folder '{source}' has {len(found)} indexes ({listed}); name the one you mean.")
+            names = found or sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))
+        elif not os.path.exists(source):
+            names = sorted(glob.glob(source))
+    groups: OrderedDict[str, list[str] | None] = OrderedDict()
+    for name in names:
+        if name.endswith(".json"):
+            groups[name] = None
+        else:
+            index = _NUMBERED.sub(".index.json", name)
+            wanted = groups.setdefault(index if index != name else name, [])
+            if wanted is not None:
+                wanted.append(name)
+    return list(groups.items())
+
+
+def _load_one(
+    index_path: str,
+    wanted: list[str] | None,
+    open_url: Callable[[str], bytes] | None,
+    locate: Callable[[str, ShardInfo], str] | None,
+) -> tuple[tuple[str, str], list[tuple[ShardInfo, str]]]:
+    if not is_url(index_path) and not os.path.exists(index_path):
+        if wanted is None:
+            raise InputError(f"index '{index_path}' does not exist.")
+        return (Path(wanted[0]).stem, ""), [(describe_shard(path), path) for path in wanted]
+    if is_url(index_path):
+        if open_url is None:
+            raise InputError(f"index '{index_path}' is a URL, and there is no way to fetch it here; give a local file.")
+        text = open_url(index_path)
+    else:
+        text = Path(index_path).read_bytes()
+    try:
+        index = json.loads(text)
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            stated = index.get("format") if isinstance(index, dict) else None
+            raise InputError(
+                f"index '{index_path}' has format {stated!r}, expected {FORMAT!r}; write the shards again."
+            )
+        folder = index_path.rpartition("/")[0]
+        found = []
+        for entry in index["shards"]:
+            offsets = np.asarray(entry["offsets"], dtype=np.int64)
+            info = ShardInfo(
+                entry["file"], entry["samples"], entry["bytes"], entry["sha256"], offsets, entry.get("instances", 0)
+            )
+            if info.samples != len(offsets) or info.samples == 0:
+                raise InputError(
+                    f"index '{index_path}', shard '{info.file}': {info.samples} samples, {len(offsets)} offsets."
+                )
+            found.append((info, f"{folder}/{info.file}" if folder else info.file))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"index '{index_path}' cannot be read ({error}); write it again.") from error
+    if wanted is not None:
+        by_name = {path.rpartition("/")[2]: (info, path) for info, path in found}
+        missing = [path for path in wanted if path.rpartition("/")[2] not in by_name]
+        if missing:
+            raise InputError(f"shard '{missing[0]}' is not in its index '{index_path}'.")
+        found = [by_name[path.rpartition("/")[2]] for path in wanted]
+    return (str(index.get("dataset", "")), str(index.get("split", ""))), found
+
+
+def _verify(info: ShardInfo, path: str, checksum: bool) -> None:
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        raise InputError(
+            f"shard '{path}' is in the index but does not exist; restore it or write the shards again."
+        ) from None
+    if size != info.bytes:
+        raise InputError(
+            f"shard '{path}' has {size} bytes but its index says {info.bytes}; it is cut short or another file."
+        )
+    if checksum:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        if digest.hexdigest() != info.sha256:
+            raise InputError(f"shard '{path}' does not match the checksum in its index; copy it again.")
+
+
+def _instance(entry: dict[str, Any]) -> Instance:
+    phrases = tuple(Phrase(phrase["text"], phrase.get("kind", "")) for phrase in entry.get("phrases", ()))
+    return Instance(
+        str(entry["id"]),
+        entry["target"],
+        entry["kind"],
+        phrases,
+        entry.get("category", ""),
+        entry.get("foreground"),
+        entry,
+    )
+
+
+def _listed(given: Sequence[str | Path]) -> str:
+    return ", ".join(f"'{item}'" for item in given)
