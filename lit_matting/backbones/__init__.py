@@ -1,0 +1,6 @@
+"""Backbones: (image, phrases) -> feature pyramid + cross-attention maps."""
+
+from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
+from lit_matting.backbones.stable_diffusion import DiffusionBackbone, TinyDiffusion
+
+__all__ = ["Backbone", "BackboneOutput", "DiffusionBackbone", "TextFeatures", "TinyDiffusion"]
