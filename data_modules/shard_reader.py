@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -22,6 +23,11 @@ from lit_matting.checks import InputError
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:(//|\S)")
 _NUMBERED = re.compile(r"-\d+\.tar$")
 _MAX_OPEN_FILES = 32
+_HEADER_BYTES = 8192
+
+
+class ShardsMissing(InputError, FileNotFoundError):
+    """Nothing is where the shards should be."""
 
 
 class SampleError(ValueError):
@@ -48,9 +54,10 @@ class RawSample:
     ``members`` maps ``jpg``, ``0.alpha.png``, ... to views of the bytes; ``meta`` is the JSON.
     """
 
-    def __init__(self, key: str, where: str, members: dict[str, memoryview]) -> None:
+    def __init__(self, key: str, shard: str, members: dict[str, memoryview]) -> None:
         self.key = key
-        self.where = where
+        self.shard = shard.removesuffix(".tar")
+        self.where = where = f"shard '{shard}', sample {key!r}"
         self.members = members
         try:
             self.meta: dict[str, Any] = json.loads(bytes(members["json"]))
@@ -144,7 +151,7 @@ class ShardIndex:
                 infos += [info for info, _ in found]
                 paths += [path for _, path in found]
         if not infos:
-            raise InputError(f"no shards found at {_listed(given)}; give an index file, a folder, a glob or a URL.")
+            raise ShardsMissing(f"no shards found at {_listed(given)}; give an index file, a folder, a glob or a URL.")
         for info, path in zip(infos, paths):
             if not is_url(path):
                 _verify(info, path, verify)
@@ -173,6 +180,24 @@ class ShardIndex:
             SampleError: If its bytes are damaged; the message names shard and sample.
         """
         return self.read_at(*self.where(number))
+
+    def read_header(self, number: int) -> RawSample:
+        """Read only the JSON of sample ``number``: enough to know its instances and phrases, not to decode anything."""
+        shard, position = self.where(number)
+        info = self.shards[shard]
+        start = int(info.offsets[position])
+        stop = int(info.offsets[position + 1]) if position + 1 < info.samples else info.bytes
+        size = _HEADER_BYTES
+        while size < stop - start:
+            data = os.pread(self._descriptor(shard), size, start)
+            with contextlib.suppress(tar.TarError):
+                name, content, _ = next(tar.members(data))
+                key, _, member = name.rpartition("/")[2].partition(".")
+                if member != "json":
+                    break
+                return RawSample(key, info.file, {"json": content})
+            size *= 8
+        return self.read_at(shard, position)
 
     def read_at(self, shard: int, position: int) -> RawSample:
         """Read the sample at ``position`` of shard number ``shard``."""
@@ -208,7 +233,7 @@ class ShardIndex:
             raise SampleError(
                 f"shard '{info.file}': nothing at byte {int(info.offsets[position])}; its index is of another file."
             )
-        return RawSample(key, f"shard '{info.file}', sample {key!r}", members)
+        return RawSample(key, info.file, members)
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._files:
@@ -279,7 +304,7 @@ def _load_one(
 ) -> tuple[tuple[str, str], list[tuple[ShardInfo, str]]]:
     if not is_url(index_path) and not os.path.exists(index_path):
         if wanted is None:
-            raise InputError(f"index '{index_path}' does not exist.")
+            raise ShardsMissing(f"index '{index_path}' does not exist.")
         return (Path(wanted[0]).stem, ""), [(describe_shard(path), path) for path in wanted]
     if is_url(index_path):
         if open_url is None:

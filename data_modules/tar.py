@@ -31,7 +31,7 @@ def member(name: str, data: bytes) -> bytes:
 def members(data: bytes | memoryview, start: int = 0) -> Iterator[tuple[str, memoryview, int]]:
     """Yield ``(name, content, offset of its header)`` of every file in the bytes; contents are views, not copies.
 
-    Stops at the end of the bytes or at the end-of-archive mark. Long names (GNU and pax) are understood; whatever is not
+    Stops at the end of the bytes or at the end-of-archive mark. Long names (GNU and pax) are understood; what is not
     a regular file is passed over.
 
     Raises:

@@ -1,0 +1,136 @@
+"""Which phrase an instance is called by, and what a phrase forbids an augmentation to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_modules.shard_format import Phrase
+from data_modules.shard_reader import Instance, RawSample
+from lit_matting.checks import InputError
+
+TEMPLATE = "template"
+"""The kind of phrases made from templates."""
+_WORD = re.compile(r"[a-z]+")
+_SIDES = "left right lefthand righthand leftmost rightmost leftward rightward clockwise oclock"
+_PLACES = """top bottom upper lower middle center centre central corner edge topmost bottommost uppermost lowermost"""
+_COLOURS = """
+red orange yellow green blue purple violet pink brown black white grey gray cyan magenta teal turquoise beige
+tan maroon crimson scarlet gold golden silver silvery olive lime navy indigo lavender lilac coral salmon peach
+cream ivory khaki amber bronze copper rust burgundy mauve fuchsia aqua mint azure cobalt emerald ruby blonde
+blond brunette ginger colored coloured colorful colourful reddish orangish yellowish greenish bluish purplish
+pinkish brownish blackish whitish greyish grayish
+"""
+_SIDE_WORDS = frozenset(_SIDES.split())
+_PLACE_WORDS = _SIDE_WORDS | frozenset(_PLACES.split())
+_COLOUR_WORDS = frozenset(_COLOURS.split())
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What the phrases of an image forbid."""
+
+    names_side: bool
+    """A flip would make the phrase false: it says left or right."""
+    names_place: bool
+    """A crop would move the thing it names by place: left, top, middle, corner, ..."""
+    names_colour: bool
+    """A hue change would make it false."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[str]) -> TextRules:
+        """Return the rules that hold for all the phrases together.
+
+        Example:
+            >>> TextRules.of(["the left-hand mug", "something round"])
+            TextRules(names_side=True, names_place=True, names_colour=False)
+        """
+        words = frozenset(word for prompt in prompts for word in _WORD.findall(prompt.lower()))
+        return cls(bool(words & _SIDE_WORDS), bool(words & _PLACE_WORDS), bool(words & _COLOUR_WORDS))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One instance of an image and the phrase it is called by."""
+
+    instance: int
+    phrase: Phrase
+
+
+class PhrasePolicy:
+    """Chooses the instances and phrases that one visit to an image trains on.
+
+    Args:
+        phrases_per_image: Number of choices from one image; of different instances as long as there are enough.
+        kinds: Only phrases of these kinds are drawn; None allows every kind.
+        kind_weights: How often a kind is drawn against others of the same instance; 1 where not named.
+        templates: Phrases with `{category}` in them, for instances without phrases.
+        template_probability: How often an instance that has phrases is called by a template all the same.
+        warmup_iterations: During so many first iterations ...
+        warmup_kinds: ... only phrases of these kinds are drawn.
+    """
+
+    def __init__(
+        self,
+        phrases_per_image: int = 1,
+        kinds: Sequence[str] | None = None,
+        kind_weights: Mapping[str, float] | None = None,
+        templates: Sequence[str] = (),
+        template_probability: float = 0.0,
+        warmup_iterations: int = 0,
+        warmup_kinds: Sequence[str] = (),
+    ) -> None:
+        if phrases_per_image < 1:
+            raise InputError(f"`phrases_per_image` must be 1 or more, got {phrases_per_image}.")
+        if not 0 <= template_probability <= 1:
+            raise InputError(f"`template_probability` must lie in [0, 1], got {template_probability}.")
+        if template_probability and not templates:
+            raise InputError("`template_probability` is set but `templates` is empty; give at least one template.")
+        if warmup_iterations and not warmup_kinds:
+            raise InputError("`warmup_iterations` is set but `warmup_kinds` is empty; name the kinds to begin with.")
+        self.phrases_per_image = phrases_per_image
+        self.kinds = frozenset(kinds) if kinds is not None else None
+        self.kind_weights = dict(kind_weights or {})
+        self.templates = tuple(templates)
+        self.template_probability = template_probability
+        self.warmup_iterations, self.warmup_kinds = warmup_iterations, frozenset(warmup_kinds)
+
+    def choose(self, sample: RawSample, iteration: int, generator: np.random.Generator) -> list[Choice]:
+        """Return ``phrases_per_image`` choices, or none if no phrase of the image is allowed.
+
+        When there are too few instances the image's instances are used again, with another phrase if they have one.
+        """
+        kinds = self.warmup_kinds if iteration < self.warmup_iterations else self.kinds
+        allowed: dict[int, list[Phrase]] = {}
+        for number, instance in enumerate(sample.instances):
+            phrases = [phrase for phrase in instance.phrases if kinds is None or phrase.kind in kinds]
+            if phrases or (self.templates and (kinds is None or TEMPLATE in kinds or not instance.phrases)):
+                allowed[number] = phrases
+        if not allowed:
+            return []
+        choices: list[Choice] = []
+        while len(choices) < self.phrases_per_image:
+            order = generator.permutation(list(allowed))[: self.phrases_per_image - len(choices)]
+            for number in order.tolist():
+                told = {choice.phrase for choice in choices if choice.instance == number}
+                # the same picture with the same phrase twice would teach nothing new
+                fresh = [phrase for phrase in allowed[number] if phrase not in told] or allowed[number]
+                choices.append(Choice(number, self._phrase(sample.instances[number], fresh, generator)))
+        return choices
+
+    def _phrase(self, instance: Instance, phrases: list[Phrase], generator: np.random.Generator) -> Phrase:
+        draw = generator.random()
+        if self.templates and (not phrases or draw < self.template_probability):
+            template = self.templates[int(generator.integers(len(self.templates)))]
+            return Phrase(template.replace("{category}", instance.category or "foreground"), TEMPLATE)
+        if len(phrases) == 1:
+            return phrases[0]
+        if not self.kind_weights:
+            return phrases[int(generator.integers(len(phrases)))]
+        weights = np.array([self.kind_weights.get(phrase.kind, 1.0) for phrase in phrases])
+        if weights.sum() <= 0:
+            weights[:] = 1.0
+        return phrases[int(np.searchsorted(np.cumsum(weights), generator.random() * weights.sum(), side="right"))]
