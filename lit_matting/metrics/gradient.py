@@ -1,7 +1,8 @@
 """The gradient error: where a matte is sharper or softer than the truth.
 
 Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting" (CVPR 2009), in the form of the Deep
-Image Matting release.
+Image Matting release. The 9 x 9 kernel is an outer product, so two lines of 9 taps replace its 81; and where two mattes
+agree on a neighbourhood their gradients cancel exactly, so only tiles near a difference are filtered at all.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_matting.metrics.mattes import as_unit
-
 SIGMA = 1.4
 RADIUS = 4
+TILE = 128
+"""Pixels on a side: small enough that a tile's planes stay in the processor's cache."""
 
 
 @lru_cache(maxsize=1)
@@ -31,18 +32,20 @@ def taps() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return (smooth / math.sqrt((smooth**2).sum()))[:, None], (derivative / math.sqrt((derivative**2).sum()))[:, None]
 
 
-def magnitude(matte: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the gradient magnitude of a matte, replicated at the border."""
+def magnitude(matte: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Return the gradient magnitude of a matte (H, W), replicated at the border, in the matte's own units."""
     smooth, derivative = taps()
     across = cv2.sepFilter2D(matte, cv2.CV_64F, derivative, smooth, borderType=cv2.BORDER_REPLICATE)
     down = cv2.sepFilter2D(matte, cv2.CV_64F, smooth, derivative, borderType=cv2.BORDER_REPLICATE)
-    return np.sqrt(across**2 + down**2)
+    return cv2.magnitude(across, down)
 
 
-def stretch(matte: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the matte stretched to fill [0, 1] (MATLAB's mat2gray); a constant one becomes 0."""
-    low, high = matte.min(), matte.max()
-    return (matte - low) / (high - low) if high > low else np.zeros_like(matte)
+def _range(matte: NDArray[np.generic], normalize: bool) -> tuple[float, float]:
+    """Return the matte's lowest value, and what its gradient is to be divided by (infinity for a constant one)."""
+    low, high, *_ = cv2.minMaxLoc(matte)
+    if not normalize:
+        return low, 255.0 if matte.dtype == np.uint8 else 1.0
+    return low, high - low if high > low else math.inf
 
 
 def gradient_error(
@@ -51,11 +54,42 @@ def gradient_error(
     region: NDArray[np.bool_] | None = None,
     normalize: bool = True,
 ) -> float:
-    """Return the sum over the region of (G(pred) - G(alpha))^2, not yet divided by 1000."""
+    """Return the sum over the region of (G(pred) - G(alpha))^2, not yet divided by 1000.
+
+    A constant offset has no gradient and a factor passes through the filter, so the mattes are filtered as they come,
+    8-bit ones without a conversion, and stretched (MATLAB's mat2gray) afterwards by a factor.
+
+    Args:
+        pred: (H, W) uint8, or float in [0, 1].
+        alpha: (H, W), the same.
+        region: (H, W) bool, where to sum; the mattes are filtered as a whole.
+        normalize: Stretch each matte to [0, 1] first; a constant one has no gradient.
+    """
     if alpha.size == 0:
         return 0.0
-    predicted, truth = as_unit(pred), as_unit(alpha)
-    if normalize:
-        predicted, truth = stretch(predicted), stretch(truth)
-    difference = (magnitude(predicted) - magnitude(truth)) ** 2
-    return float(difference.sum() if region is None else difference[region].sum())
+    mattes = [matte if matte.dtype == np.uint8 else matte.astype(np.float64) for matte in (pred, alpha)]
+    (low_1, spread_1), (low_2, spread_2) = (_range(matte, normalize) for matte in mattes)
+    alike = mattes[0].dtype == mattes[1].dtype and spread_1 == spread_2
+    if alike:
+        busy = cv2.compare(*mattes, cv2.CMP_NE)
+    else:
+        # no tile cancels, but one where both mattes lie at their lowest has no gradient
+        busy = cv2.compare(mattes[0], low_1, cv2.CMP_NE) | cv2.compare(mattes[1], low_2, cv2.CMP_NE)
+    padded = [cv2.copyMakeBorder(matte, *[RADIUS] * 4, cv2.BORDER_REPLICATE) for matte in mattes]
+    height, width = alpha.shape
+    total = 0.0
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            bottom, right = min(top + TILE, height), min(left + TILE, width)
+            reach = busy[max(0, top - RADIUS) : bottom + RADIUS, max(0, left - RADIUS) : right + RADIUS]
+            if not cv2.hasNonZero(reach):
+                continue
+            halo = np.s_[top : bottom + 2 * RADIUS, left : right + 2 * RADIUS]
+            first, second = (magnitude(matte[halo])[RADIUS:-RADIUS, RADIUS:-RADIUS] for matte in padded)
+            if not alike:
+                first, second = first / spread_1, second / spread_2
+            if region is None:
+                total += cv2.norm(first, second, cv2.NORM_L2SQR)
+            else:
+                total += cv2.norm(first, second, cv2.NORM_L2SQR, region[top:bottom, left:right].view(np.uint8))
+    return total / spread_1**2 if alike else total
