@@ -1,4 +1,4 @@
-"""Generated scenes: named objects with true fractional alpha on textured backgrounds, and phrases that pick one of them.
+"""Generated scenes: named objects with true fractional alpha on textured backgrounds, and phrases that pick one.
 
 Where no data set can be had, a scene is worth more than a photograph: its alphas are exact, its phrases are provably
 unambiguous, and its distractors can be chosen so that only reading helps. A scene is a pure function of

@@ -19,7 +19,9 @@ class InputError(ValueError):
     """
 
 
-def check_shape(tensor: Tensor, shape: Sequence[int | str], name: str, sizes: dict[str, int] | None = None) -> dict[str, int]:
+def check_shape(
+    tensor: Tensor, shape: Sequence[int | str], name: str, sizes: dict[str, int] | None = None
+) -> dict[str, int]:
     """Check a tensor against a shape pattern and return the sizes bound to its letters.
 
     Args:
@@ -44,7 +46,9 @@ def check_shape(tensor: Tensor, shape: Sequence[int | str], name: str, sizes: di
         expected = item if isinstance(item, int) else bound.setdefault(item, size)
         if expected != size:
             known = ", ".join(f"{letter}={value}" for letter, value in bound.items())
-            raise ValueError(f"`{name}` must have shape {wanted}{f' with {known}' if known else ''}, got {tuple(tensor.shape)}.")
+            raise ValueError(
+                f"`{name}` must have shape {wanted}{f' with {known}' if known else ''}, got {tuple(tensor.shape)}."
+            )
     return bound
 
 
@@ -80,5 +84,7 @@ def check_prompt(prompt: str, name: str = "prompt") -> str:
     """
     stripped = " ".join(prompt.split())
     if not any(character.isalnum() for character in stripped):
-        raise InputError(f"`{name}` has no words: got {prompt!r}; name the thing to cut out, for example 'the red umbrella'.")
+        raise InputError(
+            f"`{name}` has no words: got {prompt!r}; name the thing to cut out, for example 'the red umbrella'."
+        )
     return stripped

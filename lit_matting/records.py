@@ -48,7 +48,7 @@ class _TensorRecord:
 
 @dataclass(frozen=True)
 class Detail(_TensorRecord):
-    """A native-resolution crop of the image that the record holds as a whole, for training the refiner on real detail."""
+    """A native-resolution crop of the image that the record holds as a whole, to train the refiner on real detail."""
 
     image: Tensor
     """(3, h, w) or, in a batch, (B, 3, h, w): RGB in [0, 1] at the photograph's own resolution."""
@@ -115,9 +115,13 @@ class MattingBatch(_TensorRecord):
     """The data set that every sample of this batch comes from."""
     iteration: int = -1
     """The optimizer step that the schedule made this batch for; -1 outside training."""
+    phrases_per_image: int = 1
+    """Rows ``[k P, (k + 1) P)`` hold the same image with P phrases: the network encodes it once for all of them."""
 
     @classmethod
-    def stack(cls, samples: Sequence[MattingSample], dataset: str = "", iteration: int = -1) -> MattingBatch:
+    def stack(
+        cls, samples: Sequence[MattingSample], dataset: str = "", iteration: int = -1, phrases_per_image: int = 1
+    ) -> MattingBatch:
         """Stack samples of one size into a batch.
 
         Raises:
@@ -151,9 +155,12 @@ class MattingBatch(_TensorRecord):
             foreground=None if foreground is None else torch.stack(foreground),
             detail=None
             if details is None
-            else Detail(*(torch.stack([getattr(detail, name) for detail in details]) for name in ("image", "target", "box"))),
+            else Detail(
+                *(torch.stack([getattr(detail, name) for detail in details]) for name in ("image", "target", "box"))
+            ),
             dataset=dataset,
             iteration=iteration,
+            phrases_per_image=phrases_per_image,
         )
 
     def __len__(self) -> int:
@@ -171,7 +178,7 @@ class MattingOutput(_TensorRecord):
     trimap: Tensor | None
     """(B, 1, h, w) in [0, 1]: the soft semantic trimap; 0 background, 0.5 transition, 1 foreground."""
     coarse_trimap: Tensor | None
-    """(B, 3, h', w') logits of background, transition, foreground on the coarse level (h' = H / 32 for Stable Diffusion)."""
+    """(B, 3, h', w') logits of background, transition, foreground on the coarse level (h' = H / 32 mostly)."""
     grounding: Tensor | None
     """(B, 1, h, w) logits: where the phrase's thing is."""
     alphas: tuple[Tensor, ...] = ()

@@ -106,7 +106,7 @@ def area_mean(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def block_classes(trimap: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the class of each block of a trimap: 2 all foreground, 0 all background, 1 anything else; (B, h, w) int64."""
+    """Return the class of each block, (B, h, w) int64: 2 all foreground, 0 all background, 1 anything else."""
     smallest = -F.adaptive_max_pool2d(-trimap, size)
     largest = F.adaptive_max_pool2d(trimap, size)
     return ((smallest >= 1).long() + (largest > 0).long()).squeeze(1)

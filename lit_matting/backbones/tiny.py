@@ -50,6 +50,7 @@ class TinyDiffusion(DiffusionBackbone):
         text_channels: int = 64,
         max_tokens: int = 12,
         gradient_checkpointing: bool = False,
+        film: bool = True,
     ) -> None:
         attends = [level in attention_levels for level in range(len(block_channels))]
         unet = UNet2DConditionModel(
@@ -64,6 +65,7 @@ class TinyDiffusion(DiffusionBackbone):
             attention_head_dim=[max(1, width // head_channels) for width in block_channels],
             norm_num_groups=8,
             class_embed_type="projection",
+            resnet_time_scale_shift="scale_shift" if film else "default",
             projection_class_embeddings_input_dim=text_channels,
         )
         super().__init__(

@@ -39,7 +39,7 @@ class CoarseTrimap(LossTerm):
 
 
 class CoarseTrimapConsistency(LossTerm):
-    """L1 between the soft trimap and the trimap that the predicted low-resolution alpha implies: another reading of CTM.
+    """L1 between the soft trimap and the one that the predicted low-resolution alpha implies: another reading of CTM.
 
     The implied trimap is a constant here: the alpha teaches the trimap, not the other way round.
 

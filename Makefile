@@ -1,0 +1,31 @@
+# make demo    train on generated scenes, judge on held-out ones, draw the picture (about ten minutes on two cores)
+# make test    the whole suite
+# make lint    ruff
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-fast lint clean
+
+$(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	# torch first and by its exact version: a range would fetch a CUDA build of several gigabytes
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) tools/demo.py
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+test-fast: $(VENV)/.installed
+	$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,110 @@
+"""The command line: ``fit | validate | test | predict`` are Lightning's, ``matte`` cuts one thing out of one photo."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+PROG = "python -m lit_matting"
+
+USAGE = f"""usage: {PROG} COMMAND ...
+
+Text-driven image matting: a photo and a phrase in, the alpha matte of exactly that thing out.
+
+train and judge (configuration files and flags; see --help of each):
+  fit        --config configs/experiment/demo.yaml        train
+  validate   --config ... --ckpt_path CKPT                score on the validation sets
+  test       --config ... --ckpt_path CKPT                score on the test sets, with the full report
+  predict    --config ... --ckpt_path CKPT                matte a folder or a list of (image, phrase)
+
+use:
+  matte      PHOTO "PHRASE" --checkpoint CKPT -o OUT.png  cut one thing out of one photo
+"""
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; a user's mistake is one sentence and status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] not in (*TRAINER_COMMANDS, "matte"):
+        print(f"{PROG}: error: there is no command {arguments[0]!r}; see {PROG} --help", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from lit_matting.checks import InputError
+
+    try:
+        if arguments[0] == "matte":
+            from lit_matting.cutting import run
+
+            return run(arguments[1:])
+        return run_trainer(arguments)
+    except InputError as error:
+        print(f"{PROG} {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except FileNotFoundError as error:
+        place = error.filename or error
+        print(f"{PROG} {arguments[0]}: error: there is no file or folder {str(place)!r}.", file=sys.stderr)
+        return 2
+
+
+def run_trainer(arguments: list[str]) -> int:
+    """Hand ``fit``, ``validate``, ``test`` or ``predict`` to LightningCLI."""
+    _quiet()
+    import lightning.pytorch as pl
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    # importing the rooms makes their classes known by their short names in configs and in --help
+    import callbacks  # noqa: F401
+    import data_modules  # noqa: F401
+    import lit_matting.backbones
+    import lit_matting.losses  # noqa: F401
+    from lit_matting.checks import InputError
+    from lit_matting.module import LitMatting
+
+    class MattingCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            # one size for both: the network's square is what the data is resized to
+            parser.link_arguments("data.init_args.image_size", "model.image_size")
+
+        def before_instantiate_classes(self) -> None:
+            self._say_which_weights()
+
+        def _say_which_weights(self) -> None:
+            config = self.config.get(self.subcommand) if self.subcommand else self.config
+            checkpoint = config.get("ckpt_path")
+            if checkpoint and checkpoint not in ("best", "last", "hpc", "registry"):
+                from pathlib import Path
+
+                if not Path(checkpoint).is_file():
+                    raise InputError(f"`--ckpt_path`: there is no file {checkpoint!r}.")
+            if not checkpoint and self.subcommand in ("validate", "test", "predict"):
+                raise InputError(f"`{self.subcommand}` needs trained weights: add --ckpt_path CKPT.")
+
+    if not any(item == "--config" or item.startswith(("--config=", "-c")) for item in arguments) and not any(
+        item in ("-h", "--help", "--print_config") or item.startswith(("--help", "--print_config"))
+        for item in arguments
+    ):
+        raise InputError("give an experiment file: --config configs/experiment/demo.yaml")
+    MattingCLI(
+        LitMatting,
+        pl.LightningDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": PROG, "parser_mode": "omegaconf", "description": "Text-driven image matting"},
+        args=arguments,
+    )
+    return 0
+
+
+def _quiet() -> None:
+    """Silence advice that does not apply: loaders are fed by one tar stream on purpose, and sharding is our own."""
+    for text in (".*does not have many workers.*", ".*`IterableDataset` has `__len__`.*", ".*isinstance.treespec.*"):
+        warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

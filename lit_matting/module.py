@@ -1,0 +1,290 @@
+"""LitMatting: the network, its objective and its judges as one LightningModule."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn as nn
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor
+
+from lit_matting.backbones import Backbone
+from lit_matting.checks import InputError
+from lit_matting.losses import LossTerm, Objective
+from lit_matting.metrics.referring import ReferringScore
+from lit_matting.networks.heads import AlphaHead, CoarseTrimapHead, GroundingHead, TrimapHead
+from lit_matting.networks.inference import matte_at_native_size
+from lit_matting.networks.matting_network import GroundingFactory, HeadFactory, MattingNetwork, NeckFactory, enlarge
+from lit_matting.networks.neck import Neck
+from lit_matting.networks.refiner import SparseRefiner
+from lit_matting.optimization import Cosine, LearningRateSchedule, parameter_groups
+from lit_matting.records import MattingBatch, MattingOutput
+from lit_matting.targets import MattingTargets, targets_for
+
+log = logging.getLogger(__name__)
+
+
+class LitMatting(pl.LightningModule):
+    """Text-driven matting: trains, validates, tests and predicts.
+
+    Args:
+        backbone: (image, phrases) -> feature pyramid and attention maps.
+        losses: Name -> loss term. State the whole map: a second config file replaces it, it does not merge.
+        image_size: Side, in pixels, of the square the network sees; taken from the data.
+        neck: Fuses the pyramid.
+        coarse_trimap_head: Classifies blocks of the coarse level.
+        grounding_head: Finds the phrase's thing.
+        trimap_head: Draws the soft semantic trimap.
+        alpha_head: Estimates the low-resolution alpha.
+        refiner: Refines the alpha at full resolution; null stops at the enlarged low-resolution alpha.
+        coarse_stride: Stride, in pixels, of the coarse trimap.
+        optimizer: Any torch optimizer.
+        schedule: Learning-rate schedule over the trainer's steps.
+        learning_rate_scales: Prefix of parameter names -> factor on the learning rate, for example
+            ``network.backbone.unet: 0.1``.
+        trainable: Prefixes of the modules to train; everything else is frozen and kept in eval mode. Null trains all
+            but the backbone's own frozen parts.
+        trimap_kernel: Kernel of the target trimap, in pixels of the network's input; null scales 15 at 512.
+        initial_weights: Checkpoint whose weights to start from (the previous stage); optimizer and steps start anew.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        losses: dict[str, LossTerm],
+        image_size: int,
+        neck: NeckFactory = Neck,
+        coarse_trimap_head: HeadFactory = CoarseTrimapHead,
+        grounding_head: GroundingFactory = GroundingHead,
+        trimap_head: HeadFactory = TrimapHead,
+        alpha_head: HeadFactory = AlphaHead,
+        refiner: SparseRefiner | None = None,
+        coarse_stride: int = 32,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: LearningRateSchedule = Cosine(),  # noqa: B008 (stateless)
+        learning_rate_scales: dict[str, float] | None = None,
+        trainable: list[str] | None = None,
+        trimap_kernel: int | None = None,
+        initial_weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Under the command line the hyperparameters are the plain config that built the parts. Without it they would be
+        # the built modules themselves, pickled a second time into every checkpoint: nothing is saved then.
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+        self.network = MattingNetwork(
+            backbone,
+            neck,
+            coarse_trimap_head,
+            grounding_head,
+            trimap_head,
+            alpha_head,
+            refiner,
+            coarse_stride,
+        )
+        self.objective = Objective(losses)
+        self._check_losses()
+        backbone.check_size(image_size, image_size)
+        self.image_size = image_size
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.learning_rate_scales = learning_rate_scales or {}
+        self.trainable = trainable
+        self.trimap_kernel = trimap_kernel
+        self.strict_loading = False  # frozen parts are not in checkpoints; load_state_dict checks the rest itself
+        self._freeze()
+        if initial_weights is not None:
+            self._start_from(initial_weights)
+        self.val_score = ReferringScore(baselines=False)
+        names = ("alpha", "alpha_lr", "trimap", "grounding")
+        self.test_scores = nn.ModuleDict({name: ReferringScore(baselines=name == "alpha") for name in names})
+
+    # --- what trains ------------------------------------------------------------------------------
+
+    def _check_losses(self) -> None:
+        for name, term in self.objective.terms.items():
+            if "alphas" in term.needs and self.network.refiner is None:
+                raise InputError(
+                    f"`model.losses.{name}` ({type(term).__name__}) scores the refiner, but `model.refiner` is null:"
+                    f" give a refiner or drop the term."
+                )
+
+    def _freeze(self) -> None:
+        if self.trainable is None:
+            return
+        named = dict(self.named_modules())
+        for prefix in self.trainable:
+            if prefix not in named:
+                known = ", ".join(
+                    sorted(name for name in named if name.count(".") == 1 and name.startswith("network."))
+                )
+                raise InputError(
+                    f"`model.trainable` names {prefix!r}, which is no part of the model; there are {known}."
+                )
+        for name, parameter in self.named_parameters():
+            if not any(name.startswith(prefix + ".") for prefix in self.trainable):
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LitMatting:
+        """Set training mode on what is trained; frozen modules stay in eval mode."""
+        super().train(mode)
+        if mode and self.trainable is not None:
+            for module in self.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                    module.training = False
+        return self
+
+    def configure_optimizers(self) -> Any:
+        probe = self.make_optimizer([nn.Parameter(torch.zeros(1))])
+        defaults = probe.defaults
+        groups = parameter_groups(self, defaults["lr"], defaults.get("weight_decay", 0.0), self.learning_rate_scales)
+        optimizer = self.make_optimizer(groups)
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def forward(self, image: Tensor, phrases: Sequence[str]) -> MattingOutput:
+        """Return the network's output for images (B, 3, H, W) in [0, 1] of any size and B phrases."""
+        return matte_at_native_size(self.network, image, phrases, self.image_size)
+
+    def targets(self, batch: MattingBatch, output: MattingOutput) -> MattingTargets:
+        """Return what the losses compare ``output`` with."""
+        targets = targets_for(
+            batch.target,
+            batch.has_alpha,
+            grid=tuple(output.trimap.shape[-2:]),
+            coarse_grid=tuple(output.coarse_trimap.shape[-2:]),
+            kernel_size=self.trimap_kernel,
+            has_phrase=torch.tensor([bool(prompt) for prompt in batch.prompts], device=batch.target.device),
+        )
+        if batch.detail is None:
+            return targets
+        # the refiner worked on native-resolution crops: its truth lies there
+        crop = targets_for(batch.detail.target, batch.has_alpha, (1, 1), (1, 1))
+        return dataclasses.replace(targets, alpha=crop.alpha, unknown=crop.unknown)
+
+    @property
+    def refining(self) -> bool:
+        """Whether a term with a weight above zero needs the refiner at this step."""
+        terms = self.objective.terms.items()
+        return any("alphas" in term.needs and term.weight * self.objective.ramps[name] > 0 for name, term in terms)
+
+    def training_step(self, batch: MattingBatch, batch_index: int) -> Tensor:
+        refine = self.refining
+        output = self.network(
+            batch.image,
+            batch.prompts,
+            refine=refine,
+            detail=batch.detail,
+            phrases_per_image=batch.phrases_per_image,
+        )
+        total, values = self.objective(output, self.targets(batch, output))
+        if not refine and self.network.refiner is not None:
+            # the refiner waits for its turn, but distributed training must see its parameters
+            idle = [*self.network.refiner.parameters(), *self.network.project.parameters()]
+            total = total + 0.0 * sum(parameter.sum() for parameter in idle if parameter.requires_grad)
+        logged = {f"loss/{name}": value.detach() for name, value in values.items()}
+        self.log_dict(logged, batch_size=len(batch))
+        self.log("loss/total", total.detach(), batch_size=len(batch), prog_bar=True)
+        return total
+
+    def validation_step(self, batch: MattingBatch, batch_index: int) -> None:
+        output = self._judged(batch)
+        _update(self.val_score, output.alpha, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        card = self.val_score.compute()["overall"]
+        for name in ("grounding_accuracy", "soft_iou", "band_mae"):
+            if card.get(name) is not None:
+                self.log(f"metric/{name}", float(card[name]), prog_bar=name != "band_mae", rank_zero_only=True)
+        self.val_score.reset()
+
+    def test_step(self, batch: MattingBatch, batch_index: int) -> None:
+        output = self._judged(batch)
+        size = output.alpha.shape[-2:]
+        mattes = {
+            "alpha": output.alpha,
+            "alpha_lr": enlarge(output.alpha_lr, size),
+            "trimap": enlarge(output.trimap, size),
+            "grounding": enlarge(output.grounding.float().sigmoid(), size),
+        }
+        for name, matte in mattes.items():
+            _update(self.test_scores[name], matte, batch)
+
+    def predict_step(self, batch: MattingBatch, batch_index: int) -> MattingOutput:
+        return matte_at_native_size(self.network, batch.image, batch.prompts, self.image_size)
+
+    def _judged(self, batch: MattingBatch) -> MattingOutput:
+        if batch.instances is None:
+            raise InputError(
+                f"the batch of {batch.dataset or 'the benchmark'} holds no instances, by which found and missed are told"
+                " apart: use data_modules.BenchmarkSource for `data.val` and `data.test`."
+            )
+        return matte_at_native_size(self.network, batch.image, batch.prompts, self.image_size)
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _frozen_prefixes(self) -> tuple[str, ...]:
+        return tuple(f"network.backbone.{name}." for name in self.network.backbone.frozen_modules())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the backbone's loaded, never trained parts out, and say which backbone the rest belongs to."""
+        frozen = self._frozen_prefixes()
+        for key in ("state_dict", "current_model_state"):
+            if frozen and key in checkpoint:
+                checkpoint[key] = {
+                    name: value for name, value in checkpoint[key].items() if not name.startswith(frozen)
+                }
+        checkpoint["lit_matting"] = {"backbone": self.network.backbone.name, "image_size": self.image_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; keys of the backbone's frozen parts may be missing, anything else may not.
+
+        Raises:
+            InputError: If weights are missing, unexpected or of another size.
+        """
+        frozen = self._frozen_prefixes()
+        try:
+            result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            raise InputError(
+                "the checkpoint was trained with another network than the config describes:"
+                f" {str(error).splitlines()[-1].strip()}"
+            ) from error
+        missing = [key for key in result.missing_keys if not (frozen and key.startswith(frozen))]
+        if missing or result.unexpected_keys:
+            raise InputError(
+                "the checkpoint was trained with another network than the config describes:"
+                f" {len(missing)} weights are missing (first: {(missing or ['-'])[0]}),"
+                f" {len(result.unexpected_keys)} are unexpected (first: {(result.unexpected_keys or ['-'])[0]})."
+            )
+        return result
+
+    def _start_from(self, path: str) -> None:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise InputError(f"`model.initial_weights`: there is no file {path!r}.") from error
+        self.load_state_dict(checkpoint["state_dict"])
+        log.info("started from the weights of %s", path)
+
+
+def _update(score: ReferringScore, alpha: Tensor, batch: MattingBatch) -> None:
+    score.update(
+        alpha.float().squeeze(1),
+        batch.instances,
+        batch.instance,
+        batch.keys,
+        batch.prompts,
+        batch.prompt_kinds,
+        batch.categories,
+    )
