@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -199,6 +200,14 @@ class StreamLoader:
             yield batch
             if passed == self.length:
                 return
+
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the data module holds the state; the method tells Lightning that resuming is provided for."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing, see :meth:`state_dict`."""
 
 
 class _SizedStreamLoader(StreamLoader):
