@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -63,11 +64,16 @@ def soft_iou(first: Tensor, second: Tensor) -> Tensor:
         [0.5, 0.5]
     """
     check_shape(second, ("K", "H", "W"), "second", {"H": first.shape[-2], "W": first.shape[-1]})
-    first, second = first.double(), second.double()
-    shared = torch.stack([torch.minimum(first, one).sum((-2, -1)) for one in second], dim=1)
+    first, second = first.float(), second.float()
+    shared = torch.stack([_sum(torch.minimum(first, one)) for one in second], dim=1)
     # min + max = sum of both, so the union needs no second pass over the pixels
-    union = first.sum((-2, -1))[:, None] + second.sum((-2, -1))[None] - shared
+    union = _sum(first)[:, None] + _sum(second)[None] - shared
     return torch.where(union > 0, shared / union.clamp_min(1e-300), 1.0)
+
+
+def _sum(mattes: Tensor) -> Tensor:
+    """Return the sum over the pixels of each matte, in float64: ties must be exact."""
+    return mattes.sum((-2, -1), dtype=torch.float64)
 
 
 def is_found(overlaps: Tensor, instance: int) -> Tensor:
@@ -171,6 +177,8 @@ class ReferringScore(Metric):
         self.boundary = boundary
         self.methods = METHODS if baselines else METHODS[:1]
         self.average = average
+        self.latest: tuple[Tensor, ...] = ()
+        """The mattes (H, W) of the last update, on their device: for callbacks that want to show some."""
         self.add_state("values", default=[], dist_reduce_fx=None)
         self.add_state("texts", default=[], dist_reduce_fx=None)
 
@@ -195,6 +203,7 @@ class ReferringScore(Metric):
             kinds: What each phrase describes by.
             categories: Category of the referred instance, where known.
         """
+        self.latest = tuple(alpha)
         categories = categories or [""] * len(prompts)
         counts = {len(item) for item in (alpha, instances, instance, keys, prompts, kinds, categories)}
         if len(counts) != 1:
@@ -222,21 +231,21 @@ class ReferringScore(Metric):
         truths = truths.to(matte.device, torch.float32)
         mattes = matte.float()[None]
         if len(self.methods) > 1:
-            everything = 1 - (1 - truths).prod(0)
+            everything = 1 - reduce(torch.mul, 1 - truths)
             mattes = torch.stack([mattes[0], torch.zeros_like(everything), everything, *truths])
         target = truths[index]
         overlaps = soft_iou(mattes, truths)
         trimap = trimap_from_alpha(target[None, None], scaled_kernel(max(target.shape)))[0, 0]
-        difference = (mattes - target).abs().double()
-        absolute = difference.sum((-2, -1))
+        difference = (mattes - target).abs()
+        absolute = _sum(difference)
         area = target.numel()
         columns = {
             "soft_iou": overlaps[:, index],
             "sad": absolute / 1000,
-            "mse": difference.square().sum((-2, -1)) / area,
+            "mse": _sum(difference.square()) / area,
             "mae": absolute / area,
             # the mean over no pixels is NaN, which the averages leave out
-            "band_mae": difference[:, trimap == 0.5].mean(1),
+            "band_mae": difference[:, trimap == 0.5].double().mean(1),
         }
         for name in ("grad", "conn"):
             error: Callable[..., float] = getattr(functional, name)
@@ -251,12 +260,17 @@ class ReferringScore(Metric):
             rows = torch.cat([rows[:3], rows[3:].mean(0, keepdim=True)])
         return rows.cpu()
 
+    def reset(self) -> None:
+        """Forget every sample."""
+        super().reset()
+        self.latest = ()
+
     def gather(self) -> list[ReferringSample]:
         """Return the samples of all processes, in an order that does not depend on how they were shared out.
 
         A collective operation: every process must call it.
         """
-        own = [(bytes(text.cpu().numpy()), value.cpu().numpy()) for text, value in zip(self.texts, self.values)]
+        own = [(text.cpu().numpy().tobytes(), value.cpu().numpy()) for text, value in zip(self.texts, self.values)]
         shares = [own]
         if dist.is_available() and dist.is_initialized():
             shares = [[] for _ in range(dist.get_world_size())]
