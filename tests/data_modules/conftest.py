@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,3 +75,30 @@ def pictures(tmp_path: Path) -> Callable[..., Path]:
         return write_pictures(tmp_path / name, samples, name=name, **settings)  # type: ignore[arg-type]
 
     return write
+
+
+@pytest.fixture(scope="session")
+def runner() -> ModuleType:
+    """The module of small training runs."""
+    spec = importlib.util.spec_from_file_location("train_runner", Path(__file__).with_name("train_runner.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def settings(tmp_path: Path, pictures: Callable[..., Path]) -> dict[str, Any]:
+    """Three data sets of different size, the smallest of which ends its epoch several times."""
+    return {
+        "train": {
+            "a": {"shards": str(pictures("a", 13)), "batch_size": 4, "phrases_per_image": 2},
+            "b": {"shards": str(pictures("b", 11, kind="mask")), "batch_size": 3, "mix_shards": 1},
+            "c": {"shards": str(pictures("c", 2)), "batch_size": 3},
+        },
+        "schedule": {"cycle": ["a", "b"], "insert_every": 4, "insert": ["c"]},
+        "trainer": {"max_steps": 20},
+        "folder": str(tmp_path),
+        "journal": str(tmp_path / "journal.jsonl"),
+    }

@@ -1,9 +1,12 @@
-"""A small training run in a process of its own, for tests that kill it: `python train_runner.py SETTINGS.json`."""
+"""A small training run, here or in processes of its own that can be killed: `python train_runner.py SETTINGS.json`."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from callbacks.sample_journal import SampleJournal
-from data_modules import Augmentation, InterleavedDataModule, InterleavedSchedule, ShardSource
+from data_modules import Augmentation, BenchmarkSource, InterleavedDataModule, InterleavedSchedule, ShardSource
 from lit_matting.records import MattingBatch
 
 
@@ -36,6 +39,12 @@ class Small(LightningModule):
         loss = F.binary_cross_entropy_with_logits(self.mask(batch.image), batch.target)
         error = (self.alpha(batch.image) - batch.target).abs().mean((1, 2, 3))
         return loss + (error * batch.has_alpha).mean()
+
+    def validation_step(self, batch: MattingBatch, batch_idx: int) -> None:
+        rows = zip(batch.keys, batch.instance.tolist(), batch.prompts)
+        folder = Path(self.trainer.default_root_dir)
+        with open(folder / f"seen{self.global_rank}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps([self.global_step, *row]) + "\n" for row in rows)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
@@ -55,6 +64,7 @@ def data_module(settings: dict[str, Any]) -> InterleavedDataModule:
     """Build the data module of a run."""
     return InterleavedDataModule(
         train={name: ShardSource(**source) for name, source in settings["train"].items()},
+        val={name: BenchmarkSource(**source) for name, source in settings.get("val", {}).items()},
         schedule=InterleavedSchedule(**settings["schedule"]) if "schedule" in settings else None,
         augment=Augmentation() if settings.get("augment", True) else None,
         image_size=settings.get("image_size", 16),
@@ -89,6 +99,63 @@ def run(settings: dict[str, Any]) -> Trainer:
     if trainer.is_global_zero:
         torch.save(model.state_dict(), folder / "weights.pt")
     return trainer
+
+
+def lines(journal: Path, rank: int | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a journal, of one rank or of all."""
+    found = [json.loads(line) for line in journal.read_text().splitlines()]
+    return [line for line in found if rank is None or line["rank"] == rank]
+
+
+def with_changes(settings: dict[str, Any], tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Return the settings of another run, in its own folder."""
+    trainer = {**settings["trainer"], **changes.pop("trainer", {})}
+    data = {**settings.get("data", {}), **changes.pop("data", {})}
+    return {
+        **settings,
+        "folder": str(tmp_path / name),
+        "journal": str(tmp_path / f"{name}.jsonl"),
+        "trainer": trainer,
+        "data": data,
+        **changes,
+    }
+
+
+def _start(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+    folder = Path(settings["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    log = open(folder / "log.txt", "wb")  # noqa: SIM115
+    return subprocess.Popen(
+        [sys.executable, __file__, str(folder / "settings.json")],
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(settings: dict[str, Any], timeout_s: float = 180) -> None:
+    """Run in a process of its own until it ends well."""
+    process = _start(settings)
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        code = "no end"
+    assert code == 0, (Path(settings["folder"]) / "log.txt").read_text()[-3000:]
+
+
+def kill_after(settings: dict[str, Any], count: int, timeout_s: float = 120) -> None:
+    """Start a run and kill all its processes once its journal has `count` lines."""
+    process = _start(settings)
+    journal, end = Path(settings["journal"]), time.monotonic() + timeout_s
+    while not journal.exists() or len(journal.read_bytes().splitlines()) < count:
+        stuck = process.poll() is not None or time.monotonic() > end
+        assert not stuck, (Path(settings["folder"]) / "log.txt").read_text()[-3000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 if __name__ == "__main__":
