@@ -15,7 +15,8 @@ class LossRamp(pl.Callback):
     The factor is a function of the step alone, so a resumed run continues on the same ramp.
 
     Args:
-        ramps: Name of the term -> [first step with a factor above 0, first step with the full factor].
+        ramps: Name of the term -> [last step with the factor 0, first step with the full factor]; both the same switch
+            the term on at that step.
     """
 
     def __init__(self, ramps: dict[str, tuple[int, int]]) -> None:
@@ -28,7 +29,7 @@ class LossRamp(pl.Callback):
 
     @staticmethod
     def factor(step: int, start: int, end: int) -> float:
-        """Return the factor at ``step``: 0 up to ``start``, 1 from ``end`` on, linear between.
+        """Return the factor at ``step``: 1 from ``end`` on, else 0 up to ``start``, linear between.
 
         Example:
             >>> [LossRamp.factor(step, 10, 20) for step in (0, 10, 15, 20, 30)]

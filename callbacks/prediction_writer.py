@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from PIL import Image
 
 from lit_matting.records import MattingBatch, MattingOutput
 
+_PHRASE_BYTES = 80
+"""Of a file name, which may have 255 bytes in all."""
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write one alpha PNG per (image, phrase), at the image's own size, as soon as it is computed.
 
-    A file appears under its final name only when it is whole.
+    The mattes lie in the same subfolders as their images. A file appears under its final name only when it is whole.
 
     Args:
         folder: Where to write; made if missing.
@@ -39,25 +43,30 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         for alpha, key, prompt in zip(prediction.alpha, batch.keys, batch.prompts):
             write_alpha(alpha[0].float().cpu().numpy(), self.folder / file_name(key, prompt))
 
 
 def file_name(key: str, prompt: str) -> str:
-    """Return a file name for a matte: the image's name and the phrase, as far as file systems allow.
+    """Return where a matte belongs inside the folder: the image's key and the phrase, as far as file systems allow.
 
     Example:
-        >>> file_name("folder/photo_1", "the woman's hair")
-        'photo_1.the-woman-s-hair.png'
+        >>> file_name("holiday/photo_1", "the woman's hair")
+        'holiday/photo_1.the-woman-s-hair.png'
     """
-    phrase = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:80]
-    return f"{key.rsplit('/', 1)[-1]}.{phrase or 'matte'}.png"
+    # a key may come from a table of the user's: it must not lead out of the folder
+    *folders, name = [part for part in key.split("/") if part not in ("", ".", "..")] or ["matte"]
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-") or "matte"
+    short = words.encode()[:_PHRASE_BYTES].decode(errors="ignore")
+    if short != words:
+        short = f"{short}-{zlib.crc32(words.encode()):08x}"  # long phrases may differ at their ends
+    return "/".join([*folders, f"{name}.{short}.png"])
 
 
 def write_alpha(alpha: Any, path: Path) -> None:
-    """Write an alpha (H, W) in [0, 1] as an 8-bit grey PNG, all or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write an alpha (H, W) in [0, 1] as an 8-bit grey PNG, all or nothing; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{zlib.crc32(path.name.encode()):08x}.part")
     try:
         Image.fromarray(np.rint(np.clip(alpha, 0, 1) * 255).astype(np.uint8)).save(temporary, format="PNG")
         os.replace(temporary, path)

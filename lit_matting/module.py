@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,6 +106,7 @@ class LitMatting(pl.LightningModule):
         self.val_score = ReferringScore(baselines=False)
         names = ("alpha", "alpha_lr", "trimap", "grounding")
         self.test_scores = nn.ModuleDict({name: ReferringScore(baselines=name == "alpha") for name in names})
+        self.train()  # the trainer keeps the modes it finds: frozen modules must be in eval mode before it starts
 
     # --- what trains ------------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class LitMatting(pl.LightningModule):
             for module in self.modules():
                 parameters = list(module.parameters())
                 if parameters and not any(parameter.requires_grad for parameter in parameters):
-                    module.training = False
+                    module.eval()  # with all inside: dropout has no parameters of its own
         return self
 
     def configure_optimizers(self) -> Any:
@@ -146,8 +149,10 @@ class LitMatting(pl.LightningModule):
         defaults = probe.defaults
         groups = parameter_groups(self, defaults["lr"], defaults.get("weight_decay", 0.0), self.learning_rate_scales)
         optimizer = self.make_optimizer(groups)
-        total = int(self.trainer.estimated_stepping_batches)
-        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise InputError("`trainer.max_steps` must be set: the learning-rate schedule needs to know the last step.")
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     # --- steps ------------------------------------------------------------------------------------
@@ -226,8 +231,8 @@ class LitMatting(pl.LightningModule):
     def _judged(self, batch: MattingBatch) -> MattingOutput:
         if batch.instances is None:
             raise InputError(
-                f"the batch of {batch.dataset or 'the benchmark'} holds no instances, by which found and missed are told"
-                " apart: use data_modules.BenchmarkSource for `data.val` and `data.test`."
+                f"the batch of {batch.dataset or 'the benchmark'} holds no instances, by which found and missed are"
+                " told apart: use data_modules.BenchmarkSource for `data.val` and `data.test`."
             )
         return matte_at_native_size(self.network, batch.image, batch.prompts, self.image_size)
 
@@ -274,6 +279,10 @@ class LitMatting(pl.LightningModule):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise InputError(f"`model.initial_weights`: there is no file {path!r}.") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+            raise InputError(f"`model.initial_weights`: {path!r} is no checkpoint that torch can read.") from error
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise InputError(f"`model.initial_weights`: {path!r} holds no `state_dict`; give a checkpoint of a run.")
         self.load_state_dict(checkpoint["state_dict"])
         log.info("started from the weights of %s", path)
 

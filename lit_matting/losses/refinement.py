@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_matting.checks import InputError
 from lit_matting.losses.base import LossTerm, gradient_sum, laplacian_sum
 from lit_matting.records import MattingOutput
 from lit_matting.targets import MattingTargets
@@ -46,7 +47,12 @@ class Refinement(LossTerm):
 
     def per_image(self, output: MattingOutput, targets: MattingTargets) -> Tensor:
         total = targets.alpha.new_zeros(targets.alpha.shape[0])
-        scale_weights = self.scale_weights[-len(output.alphas) :]
+        if len(output.alphas) > len(self.scale_weights):
+            raise InputError(
+                f"`scale_weights` of Refinement needs one weight for each scale of the refiner, got"
+                f" {len(self.scale_weights)} for {len(output.alphas)} scales."
+            )
+        scale_weights = self.scale_weights[len(self.scale_weights) - len(output.alphas) :]
         for scale_weight, alpha, active in zip(scale_weights, output.alphas, output.active):
             size = alpha.shape[-2:]
             truth, band = targets.alpha, targets.unknown

@@ -14,8 +14,8 @@ from lit_matting.targets import MattingTargets
 class SoftGrounding(LossTerm):
     """Binary cross-entropy with logits plus soft Dice, of the grounding map against the area mean of the matte.
 
-    The logits form, because CUDA autocast refuses cross-entropy on probabilities; Dice with a smoothing of 1, because an
-    image may hold nothing of what the phrase names.
+    The logits form, because CUDA autocast refuses cross-entropy on probabilities; Dice with a smoothing of 1, because
+    an image may hold nothing of what the phrase names.
 
     Args:
         weight: Factor of the term in the total (0.5 in the paper).
