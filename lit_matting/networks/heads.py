@@ -26,9 +26,9 @@ class GroundingHead(nn.Module):
     """Where the phrase's thing is: logits from the cross-attention maps, and from the phrase's likeness to each cell.
 
     A raw attention map averages 1 / T over T tokens, with most of its mass on the begin token, and can never reach 1.
-    So the maps of the phrase's own words are averaged over layers, standardised per image, and given a learned slope and
-    offset. The likeness is the scaled cosine between the projected phrase and each cell's projected features; it learns
-    from scratch long before cross-attention does, and starts at zero so that pretrained attention speaks first.
+    So the maps of the phrase's own words are averaged over layers, standardised per image, and given a learned slope
+    and offset. The likeness is the scaled cosine between the projected phrase and each cell's projected features; it
+    learns from scratch long before cross-attention does, and starts at zero so that pretrained attention speaks first.
 
     Args:
         channels: Channels of the features.

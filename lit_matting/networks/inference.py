@@ -12,7 +12,9 @@ from lit_matting.networks.matting_network import MattingNetwork
 from lit_matting.records import MattingOutput
 
 
-def matte_at_native_size(network: MattingNetwork, image: Tensor, phrases: Sequence[str], image_size: int) -> MattingOutput:
+def matte_at_native_size(
+    network: MattingNetwork, image: Tensor, phrases: Sequence[str], image_size: int
+) -> MattingOutput:
     """Return the mattes of one photograph for several phrases, at the photograph's own size.
 
     The photograph is stretched to the square that the network was trained on; the refiner then works on its own pixels,
@@ -29,7 +31,9 @@ def matte_at_native_size(network: MattingNetwork, image: Tensor, phrases: Sequen
     """
     small = image
     if image.shape[-2:] != (image_size, image_size):
-        small = F.interpolate(image, size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False)
+        small = F.interpolate(
+            image, size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False
+        )
     latent = network.backbone.encode_image(small.clamp(0, 1))
     text = network.backbone.encode_text(phrases)
     if image.shape[0] == 1 and len(phrases) > 1:

@@ -72,7 +72,15 @@ class MattingNetwork(nn.Module):
             refine: Run the refiner; otherwise the alpha is the enlarged low-resolution one.
             detail: Native-resolution crops to refine instead of the image itself (training of the refiner).
             phrases_per_image: Rows ``[k P, (k + 1) P)`` hold the same image: it is encoded once for all of them.
+
+        Raises:
+            ValueError: If the number of phrases is not B, B is no multiple of P, or a side does not suit the backbone.
         """
+        if len(phrases) != image.shape[0] or len(phrases) % phrases_per_image:
+            raise ValueError(
+                f"a batch of {image.shape[0]} images, {phrases_per_image} phrases to each, needs as many phrases, a"
+                f" multiple of {phrases_per_image}; got {len(phrases)}."
+            )
         self.backbone.check_size(*image.shape[-2:])
         latent = self.backbone.encode_image(image[::phrases_per_image])
         if phrases_per_image > 1:

@@ -36,7 +36,8 @@ class FuseBlock(nn.Module):
 class Neck(nn.Module):
     """Top-down fusion of the pyramid: each level is projected, joined by the coarser one, and mixed.
 
-    The head-averaged cross-attention maps are concatenated to the level of their size before its projection, as VPD does.
+    The head-averaged cross-attention maps are concatenated to the level of their size before its projection, as VPD
+    does.
 
     Args:
         in_channels: Stride -> channels of the backbone's pyramid.
