@@ -7,15 +7,17 @@ resolution) depends on the mask alone, so it lives here, is built when first ask
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 from functools import wraps
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_matting.checks import check_shape
+from lit_matting.sparse import rulebook
+from lit_matting.sparse.rulebook import Rulebook
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,36 +37,6 @@ def eager(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class TapGroup:
-    """Output rows that read the same kernel taps."""
-
-    taps: tuple[int, ...]
-    """Positions in the raster order of the kernel, one per column of ``table``."""
-    table: Tensor
-    """(n, len(taps)) int32: the input row that a tap reads, or ``inputs`` where that pixel is not active."""
-    rows: Tensor | None = None
-    """(n,) int64: the output rows of this group; None: all of them, in order."""
-
-
-@dataclass(frozen=True)
-class Rulebook:
-    """Who reads whom in one sparse convolution, in both directions, so that no backward pass has to scatter."""
-
-    inputs: int
-    """Number of input rows."""
-    outputs: int
-    """Number of output rows."""
-    groups: tuple[TapGroup, ...]
-    """What every output row reads from the inputs."""
-    backward_groups: tuple[TapGroup, ...]
-    """What the gradient of every input row reads from the gradients of the outputs."""
-
-    def reversed(self) -> Rulebook:
-        """The rulebook from outputs back to inputs: the transposed convolution."""
-        return Rulebook(self.outputs, self.inputs, self.backward_groups, self.groups)
-
-
 class ActiveSet:
     """The active pixels of a batch of images; build it with `from_mask`.
 
@@ -75,15 +47,13 @@ class ActiveSet:
         mask: (B, H, W) bool.
         indices: (N,) int64, position of every active pixel in the flattened mask, ascending.
         shape: (B, H, W).
-        counts: Number of active pixels of every image.
     """
 
-    def __init__(self, mask: Tensor, indices: Tensor, counts: tuple[int, ...]) -> None:
+    def __init__(self, mask: Tensor, indices: Tensor) -> None:
         self.mask = mask
         self.indices = indices
         self.shape: tuple[int, int, int] = (mask.shape[0], mask.shape[1], mask.shape[2])
-        self.counts = counts
-        self._cache: dict[Any, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     @classmethod
     @eager
@@ -94,7 +64,7 @@ class ActiveSet:
             mask: (B, H, W) bool, on any device; it may be all False. It is kept, not copied: do not change it later.
 
         Raises:
-            ValueError: If the mask is not boolean, not (B, H, W), or has more than 2**31 - 1 pixels.
+            ValueError: If the mask is not boolean, not (B, H, W), or has more than 2**30 pixels.
 
         Example:
             >>> active = ActiveSet.from_mask(torch.tensor([[[True, False], [True, True]]]))
@@ -104,12 +74,15 @@ class ActiveSet:
         check_shape(mask, ("B", "H", "W"), "mask")
         if mask.dtype != torch.bool:
             raise ValueError(f"`mask` must be boolean, got {mask.dtype} (compare it with a threshold first).")
-        if mask.numel() > 2**31 - 1:
-            raise ValueError(f"`mask` must have at most 2**31 - 1 pixels, got {tuple(mask.shape)} (work in bands).")
+        if mask.numel() > 2**30:
+            raise ValueError(f"`mask` must have at most 2**30 pixels, got {tuple(mask.shape)} (work in bands).")
         mask = mask.detach().contiguous()
-        indices = mask.view(-1).nonzero().view(-1)
-        counts = (len(indices),) if len(mask) == 1 else tuple(mask.flatten(1).sum(1).tolist())
-        return cls(mask, indices, counts)
+        if mask.device.type == "cpu":
+            # four times as fast as Tensor.nonzero
+            indices = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        else:
+            indices = mask.view(-1).nonzero().view(-1)
+        return cls(mask, indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,39 +98,45 @@ class ActiveSet:
     @property
     def coordinates(self) -> Tensor:
         """(N, 3) int32, contiguous: image, row and column of every active pixel."""
-        return self._once("coordinates", self._coordinates)
+        return self.cached("coordinates", self._coordinates)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of every image, and at the end the number of rows."""
+        return self.cached("starts", self._starts)
 
     def neighbours(self, kernel_size: int) -> Tensor:
-        """The rows around every row, in the raster order of an odd square kernel.
+        """The rows around every row, in the raster order of an odd square kernel: the readable form of `submanifold`.
 
         Returns:
-            (N, kernel_size**2) int32; N stands for a pixel that is not active or outside the image.
+            (N, kernel_size**2) int64; N stands for a pixel that is not active or outside the image.
 
         Example:
             >>> active = ActiveSet.from_mask(torch.tensor([[[True, True], [False, True]]]))
             >>> active.neighbours(3)[2].tolist()  # the pixel at the lower right
             [0, 1, 3, 3, 2, 3, 3, 3, 3]
         """
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"`kernel_size` of a submanifold convolution must be odd, got {kernel_size}.")
-        reach = kernel_size // 2
-        offsets = range(-reach, reach + 1)
-        return self._once(
-            ("neighbours", kernel_size),
-            lambda: self._lookup(self.coordinates, 1, [(dy, dx) for dy in offsets for dx in offsets]),
-        )
+        reads = self.submanifold(kernel_size).forward
+        own = torch.arange(len(self), device=self.device)[:, None]
+        # rows of one place in the window are a capacity apart; a neighbour is nearer, and on the side of its column
+        after = torch.arange(kernel_size**2, device=self.device) >= kernel_size**2 // 2
+        distance = torch.where(after, (reads.table - own) % reads.capacity, -((own - reads.table) % reads.capacity))
+        return torch.where(reads.table < reads.capacity, own + distance, len(self))
 
     def submanifold(self, kernel_size: int) -> Rulebook:
         """The rulebook of a convolution that stays on this set."""
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` of a submanifold convolution must be odd, got {kernel_size}.")
+        return self.cached(("submanifold", kernel_size), lambda: rulebook.submanifold(self._pixels(), kernel_size))
 
-        def build() -> Rulebook:
-            table = self.neighbours(kernel_size)
-            taps = tuple(range(kernel_size**2))
-            # the pixel that reads me through a tap is the one that I see through the mirrored tap
-            mirrored = TapGroup(taps[::-1], table)
-            return Rulebook(len(self), len(self), (TapGroup(taps, table),), (mirrored,))
-
-        return self._once(("submanifold", kernel_size), build)
+    def downsampling(self, kernel_size: int) -> Rulebook:
+        """The rulebook of a convolution of stride 2 from this set to `strided`, of kernel size 2 or 3."""
+        if kernel_size not in (2, 3):
+            raise ValueError(f"`kernel_size` of a strided convolution must be 2 or 3, got {kernel_size}.")
+        return self.cached(
+            ("downsampling", kernel_size),
+            lambda: rulebook.downsampling(self._pixels(), self.strided()._pixels(), kernel_size),
+        )
 
     def strided(self) -> ActiveSet:
         """The active set at half resolution, (B, ceil(H / 2), ceil(W / 2)): every 2x2 cell with an active pixel in it.
@@ -166,73 +145,43 @@ class ActiveSet:
         active pixel only through the first row or column of the kernel, which belong to the cell before; a cell without
         an active pixel has no fine pixel to return to, so such outputs would only make the set grow.
         """
+        return self.cached("strided", self._strided)
 
-        def build() -> ActiveSet:
-            _, height, width = self.shape
-            padded = torch.nn.functional.pad(self.mask, (0, width % 2, 0, height % 2))
-            rows = padded[:, 0::2] | padded[:, 1::2]
-            return ActiveSet.from_mask(rows[:, :, 0::2] | rows[:, :, 1::2])
+    def _strided(self) -> ActiveSet:
+        _, height, width = self.shape
+        even = torch.nn.functional.pad(self.mask, (0, width % 2, 0, height % 2))
+        rows = even[:, 0::2] | even[:, 1::2]
+        # two bytes read as one number: the fastest way to ask for either of two neighbours
+        return ActiveSet.from_mask(rows.view(torch.int16) != 0)
 
-        return self._once("strided", build)
+    def _pixels(self) -> rulebook.Pixels:
+        batch, height, width = self.shape
+        rows = self.indices.div(width, rounding_mode="floor")
+        x = self.indices - rows * width
+        if batch == 1:
+            return rulebook.Pixels(0, rows, x, height, width)
+        image = rows.div(height, rounding_mode="floor")
+        return rulebook.Pixels(image, rows - image * height, x, height, width)
 
-    def downsampling(self, kernel_size: int) -> Rulebook:
-        """The rulebook of a convolution of stride 2 from this set to `strided`.
-
-        Tap (i, j) of output (y, x) reads input (2y + i, 2x + j) for size 2, and (2y + i - 1, 2x + j - 1) for size 3.
-        """
-        if kernel_size not in (2, 3):
-            raise ValueError(f"`kernel_size` of a strided convolution must be 2 or 3, got {kernel_size}.")
-        return self._once(("downsampling", kernel_size), lambda: self._downsampling(kernel_size))
-
-    def _downsampling(self, kernel_size: int) -> Rulebook:
-        coarse = self.strided()
-        first = -(kernel_size // 3)
-        window = range(first, first + kernel_size)
-        down = self._lookup(coarse.coordinates, 2, [(dy, dx) for dy in window for dx in window])
-        forward = (TapGroup(tuple(range(kernel_size**2)), down),)
-        # a fine pixel belongs to 1, 2 or 4 outputs, by the parity of its position
-        y, x = self.coordinates[:, 1], self.coordinates[:, 2]
-        backward = []
-        for row_parity in (0, 1):
-            for column_parity in (0, 1):
-                rows = ((y % 2 == row_parity) & (x % 2 == column_parity)).nonzero().view(-1)
-                reads = [
-                    (i * kernel_size + j, (row_parity - first - i) // 2, (column_parity - first - j) // 2)
-                    for i in range(kernel_size)
-                    for j in range(kernel_size)
-                    if (row_parity - first - i) % 2 == 0 and (column_parity - first - j) % 2 == 0
-                ]
-                places = self.coordinates[rows]
-                places[:, 1:] //= 2
-                # tap (i, j) links fine row Y and coarse row y where Y = 2y + i + first
-                table = coarse._lookup(places, 1, [(dy, dx) for _, dy, dx in reads])
-                backward.append(TapGroup(tuple(tap for tap, _, _ in reads), table, rows))
-        return Rulebook(len(self), len(coarse), forward, tuple(backward))
+    def _starts(self) -> tuple[int, ...]:
+        batch, height, width = self.shape
+        if batch == 1:
+            return (0, len(self))
+        edges = torch.arange(batch + 1, device=self.device) * (height * width)
+        return tuple(torch.searchsorted(self.indices, edges).tolist())
 
     def _coordinates(self) -> Tensor:
-        _, height, width = self.shape
-        rows = self.indices.div(width, rounding_mode="floor")
-        images = rows.div(height, rounding_mode="floor")
-        return torch.stack((images, rows - images * height, self.indices - rows * width), dim=1).int().contiguous()
+        pixels = self._pixels()
+        image = torch.zeros_like(pixels.y) if isinstance(pixels.image, int) else pixels.image
+        return torch.stack((image, pixels.y, pixels.x), dim=1).int().contiguous()
 
-    def _lookup(self, places: Tensor, stride: int, offsets: list[tuple[int, int]]) -> Tensor:
-        """(n, len(offsets)) int32: the row of this set at ``stride * place + offset`` for every (image, y, x) place."""
-        batch, height, width = self.shape
-        # a border as wide as the kernel reaches makes every look-up fall inside the grid
-        border = max((abs(step) for offset in offsets for step in offset), default=0) + stride
-        padded_height, padded_width = height + 2 * border, width + 2 * border
-        grid = torch.full((batch, padded_height, padded_width), len(self), dtype=torch.int32, device=self.device)
-        number = torch.arange(len(self), dtype=torch.int32, device=self.device)
-        grid[:, border : border + height, border : border + width][self.mask] = number
-        image, y, x = places.long().unbind(1)
-        flat = (image * padded_height + y * stride + border) * padded_width + x * stride + border
-        table = torch.empty((len(places), len(offsets)), dtype=torch.int32, device=self.device)
-        for column, (dy, dx) in enumerate(offsets):
-            table[:, column] = grid.view(-1)[flat + (dy * padded_width + dx)]
-        return table
-
-    def _once(self, key: Any, build: Callable[[], Any]) -> Any:
+    def cached(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What belongs to this set under a key, built on first use; backends keep their own tables here."""
         if key not in self._cache:
-            # setdefault: of two threads that built it, the first one's table is kept by both
+            # setdefault: of two threads that built it, the first one's is kept by both
             self._cache.setdefault(key, build())
         return self._cache[key]
+
+    def recall(self, key: Hashable) -> Any | None:
+        """What `cached` has kept under a key, or None."""
+        return self._cache.get(key)
