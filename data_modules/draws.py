@@ -43,6 +43,16 @@ class Draws:
         begin = int(ends[group - 1]) if group else 0
         return epoch, int(self._sample_order(epoch, group, order)[position - begin])
 
+    def next_shards(self, draw: int) -> tuple[tuple[int, int], list[int]]:
+        """Return ``(epoch, group)`` of a draw and the shards that are mixed after that group."""
+        epoch, position = divmod(draw, self.samples)
+        order, ends = self._shard_order(epoch)
+        group = int(np.searchsorted(ends, position, side="right"))
+        after = order[(group + 1) * self.mix_shards : (group + 2) * self.mix_shards]
+        if not len(after):
+            after = self._shard_order(epoch + 1)[0][: self.mix_shards]
+        return (epoch, group), after.tolist()
+
     def sample_generator(self, epoch: int, sample: int, attempt: int = 0) -> np.random.Generator:
         """Return the generator for everything random about one visit to one sample."""
         return self.generator(_SAMPLE, epoch, sample, attempt)

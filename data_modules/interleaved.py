@@ -100,6 +100,7 @@ class InterleavedDataModule(LightningDataModule):
         self._benchmarks: dict[str, list[BenchmarkLoader]] = {}
         self._plan: StreamPlan | None = None
         self._loader: StreamLoader | None = None
+        self._owner: Any = None
         self._seen_before = 0
         self._resumed: dict[str, Any] = {}
 
@@ -183,16 +184,13 @@ class InterleavedDataModule(LightningDataModule):
                 # the trainer goes on counting inside its epoch; an iteration must end where it takes its step
                 micro = self._progress().current.ready % accumulate if self.trainer is not None else 0
             self._resumed = {}
-        self._plan = StreamPlan(
-            self._schedule,
-            {name: reader.source.images_per_batch for name, reader in self._readers.items()},
-            world_size,
-            accumulate,
-            iteration,
-            micro,
-            used,
-        )
-        self._seen_before = self._seen()
+        images = {name: reader.source.images_per_batch for name, reader in self._readers.items()}
+        if self.trainer is not None and self._owner is not self.trainer and not iteration:
+            # a checkpoint without this data module's state still says which step comes next
+            iteration = self.trainer.global_step
+            used = StreamPlan(self._schedule, images, world_size, accumulate).moved((iteration, 0))
+        self._plan = StreamPlan(self._schedule, images, world_size, accumulate, iteration, micro, used)
+        self._owner = self.trainer
         self._loader = StreamLoader(
             StreamBatches(self._plan, self._readers, rank),
             self._place,
@@ -237,7 +235,8 @@ class InterleavedDataModule(LightningDataModule):
 
     def _position(self) -> tuple[int, int, dict[str, int]]:
         """Return iteration, micro-batch and draws used of the next micro-batch to be trained on."""
-        if self._plan is None:
+        if self._plan is None or self._owner is not self.trainer:
+            # a new trainer counts from 0, and so does the stream unless a checkpoint was loaded
             state = self._resumed
             return state.get("iteration", 0), state.get("micro", 0), dict(state.get("used", {}))
         place = self._place()

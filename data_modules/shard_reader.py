@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class ShardsMissing(InputError, FileNotFoundError):
     """Nothing is where the shards should be."""
 
 
-class SampleError(ValueError):
+class SampleError(InputError):
     """One sample cannot be used: a member is missing, damaged, or does not fit the others."""
 
 
@@ -60,14 +61,21 @@ class RawSample:
         self.where = where = f"shard '{shard}', sample {key!r}"
         self.members = members
         try:
-            self.meta: dict[str, Any] = json.loads(bytes(members["json"]))
+            self.meta: dict[str, Any] = json.loads(bytes(members["json"]), parse_constant=_no_number)
             self.instances = tuple(_instance(entry) for entry in self.meta["instances"])
         except KeyError as error:
             raise SampleError(f"{where}: {error} is missing.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise SampleError(f"{where}: its JSON cannot be read ({error}).") from error
+        except (ValueError, TypeError) as error:
+            raise SampleError(f"{where}: its JSON cannot be used ({error}).") from error
         if not self.instances:
             raise SampleError(f"{where}: it has no instances.")
+
+    def add_phrases(self, phrases: Mapping[tuple[str, str], Sequence[Phrase]]) -> None:
+        """Give instances further phrases, found by ``(sample key, instance id)``."""
+        self.instances = tuple(
+            dataclasses.replace(instance, phrases=(*instance.phrases, *phrases.get((self.key, instance.id), ())))
+            for instance in self.instances
+        )
 
     @property
     def image_name(self) -> str:
@@ -113,6 +121,8 @@ class ShardIndex:
         self.dataset, self.split = dataset, split
         self.shards, self.paths = tuple(shards), tuple(paths)
         self.locate = locate
+        self.remote = any(is_url(path) for path in paths)
+        """Whether any shard is behind a URL."""
         self.counts = np.array([shard.samples for shard in shards], dtype=np.int64)
         """(number of shards,) samples in each shard."""
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
@@ -207,6 +217,12 @@ class ShardIndex:
         data = os.pread(self._descriptor(shard), stop - start, start)
         return self._parse(info, position, data)
 
+    def fetch(self, shards: Sequence[int]) -> None:
+        """Fetch the shards that are behind URLs, so that reading them later does not wait."""
+        for shard in shards:
+            if self.locate is not None and is_url(self.paths[shard]):
+                self.locate(self.paths[shard], self.shards[shard])
+
     def __iter__(self) -> Iterator[RawSample]:
         for number in range(len(self)):
             yield self.read(number)
@@ -244,7 +260,14 @@ class ShardIndex:
             if self.locate is None:
                 raise InputError(f"shard '{path}' is a URL, and this index was opened without a way to fetch it.")
             path = self.locate(path, info)
-        descriptor = self._files[shard] = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            if self.locate is None:
+                raise
+            # another process made room in the cache just now
+            descriptor = os.open(self.locate(self.paths[shard], info), os.O_RDONLY)
+        self._files[shard] = descriptor
         if len(self._files) > _MAX_OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
@@ -364,6 +387,9 @@ def _verify(info: ShardInfo, path: str, checksum: bool) -> None:
 
 def _instance(entry: dict[str, Any]) -> Instance:
     phrases = tuple(Phrase(phrase["text"], phrase.get("kind", "")) for phrase in entry.get("phrases", ()))
+    for phrase in phrases:
+        if not any(character.isalnum() for character in phrase.text):
+            raise ValueError(f"a phrase of instance {entry['id']!r} has no words: {phrase.text!r}")
     return Instance(
         str(entry["id"]),
         entry["target"],
@@ -373,6 +399,10 @@ def _instance(entry: dict[str, Any]) -> Instance:
         entry.get("foreground"),
         entry,
     )
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _listed(given: Sequence[str | Path]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
-import logging
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,13 +18,13 @@ import numpy as np
 from data_modules.decode import decode_rgb, decode_sample
 from data_modules.draws import Draws
 from data_modules.phrases import Choice, PhrasePolicy, TextRules
+from data_modules.shard_format import Phrase
 from data_modules.shard_reader import SampleError, ShardIndex
 from data_modules.transforms import Augmentation, Box, View, detail_box, full_view, recompose, show, show_target
-from lit_matting.checks import InputError
-
-logger = logging.getLogger(__name__)
+from lit_matting.checks import InputError, check_prompt
 
 _MAX_ATTEMPTS = 50
+_LOCAL_MIX, _REMOTE_MIX = 16, 2
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -41,10 +44,12 @@ class ShardSource:
             machine captions).
         warmup_iterations: During the first so many iterations of training only `warmup_kinds` are drawn.
         warmup_kinds: The kinds of phrase to begin with, for example `[colour]`.
-        mix_shards: Shards that are shuffled together; more mixes better, fewer is kinder to remote storage.
+        mix_shards: Shards that are shuffled together: more mixes better, but all of them must be there to begin. Null
+            takes 16 for local shards and 2 for shards behind URLs.
         augment: Whether the data module's augmentation applies to this data set.
         backgrounds: Folder or glob of images to put instances onto that have foreground colours.
         load_foreground: Whether batches carry the foreground colours (data sets that have them for every instance).
+        captions: Further phrases beside the shards, as JSON lines `{"key", "instance", "text", "kind"}`.
     """
 
     def __init__(
@@ -58,14 +63,15 @@ class ShardSource:
         template_probability: float = 0.0,
         warmup_iterations: int = 0,
         warmup_kinds: list[str] | None = None,
-        mix_shards: int = 16,
+        mix_shards: int | None = None,
         augment: bool = True,
         backgrounds: str | None = None,
         load_foreground: bool = False,
+        captions: str | list[str] | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"`batch_size` of '{shards}' must be 1 or more, got {batch_size}.")
-        if mix_shards < 1:
+        if mix_shards is not None and mix_shards < 1:
             raise InputError(f"`mix_shards` of '{shards}' must be 1 or more, got {mix_shards}.")
         self.shards = shards
         self.batch_size = batch_size
@@ -82,6 +88,7 @@ class ShardSource:
         self.augment = augment
         self.backgrounds = backgrounds
         self.load_foreground = load_foreground
+        self.captions = [captions] if isinstance(captions, str) else list(captions or [])
 
     @property
     def images_per_batch(self) -> int:
@@ -133,13 +140,14 @@ class SourceReader:
         skip_bad: bool = False,
     ) -> None:
         self.name, self.source, self.index = name, source, index
-        self.draws = Draws(index.counts, seed, name, source.mix_shards)
+        mix = source.mix_shards or (_REMOTE_MIX if index.remote else _LOCAL_MIX)
+        self.draws = Draws(index.counts, seed, name, mix)
+        self.captions = read_captions(source.captions) if source.captions else {}
         self.size, self.detail_size = size, detail_size
         self.augmentation = augmentation if source.augment else None
         self.skip_bad = skip_bad
         self.backgrounds = _background_files(source.backgrounds) if source.backgrounds else []
-        if source.load_foreground and self.backgrounds and not self.augmentation:
-            logger.debug("%s: backgrounds are listed but augmentation is off; images stay as they are.", name)
+        self._fetching: tuple[int, int] | None = None
 
     def show(self, draw: int, iteration: int) -> tuple[Shown, list[str]]:
         """Return what draw number ``draw`` gives, and a line for every bad sample that had to be replaced.
@@ -149,6 +157,8 @@ class SourceReader:
             InputError: If no allowed phrase is found in many tries.
         """
         epoch, sample = self.draws[draw]
+        if self.index.remote:
+            self._fetch_ahead(draw)
         bad: list[str] = []
         for attempt in range(_MAX_ATTEMPTS):
             generator = self.draws.sample_generator(epoch, sample, attempt)
@@ -174,6 +184,8 @@ class SourceReader:
 
     def _show(self, number: int, iteration: int, generator: np.random.Generator) -> Shown | None:
         sample = self.index.read(number)
+        if self.captions:
+            sample.add_phrases(self.captions)
         choices = self.source.policy.choose(sample, iteration, generator)
         if not choices:
             return None
@@ -218,6 +230,13 @@ class SourceReader:
             else [],
         )
 
+    def _fetch_ahead(self, draw: int) -> None:
+        group, shards = self.draws.next_shards(draw)
+        if group != self._fetching:
+            self._fetching = group
+            # a failure here is not reported: reading the shard tries again and says what is wrong
+            Thread(target=_quietly, args=(self.index.fetch, shards), daemon=True).start()
+
     def _detail(
         self, view: View, image: np.ndarray, target: np.ndarray, hard: bool, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float, float]]:
@@ -246,6 +265,34 @@ class SourceReader:
         top = int(generator.integers(image.shape[0] - height + 1))
         left = int(generator.integers(image.shape[1] - width + 1))
         return Box(top, left, height, width).cut(image)
+
+
+def read_captions(paths: Sequence[str]) -> dict[tuple[str, str], list[Phrase]]:
+    """Read caption files into ``(sample key, instance id) -> phrases``.
+
+    Raises:
+        InputError: If a file is missing or a line is not a caption; the message names file and line.
+    """
+    captions: dict[tuple[str, str], list[Phrase]] = {}
+    for path in paths:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InputError(f"captions '{path}' cannot be read: {error.strerror}.") from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry: dict[str, Any] = json.loads(line)
+                where = (entry["key"], str(entry["instance"]))
+                phrase = Phrase(check_prompt(entry["text"]), entry.get("kind", "caption"))
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, InputError) as error:
+                raise InputError(f"captions '{path}', line {number}: {error} ({line[:80]!r}).") from error
+            captions.setdefault(where, []).append(phrase)
+    return captions
+
+
+def _quietly(function: Callable[[Any], None], argument: Any) -> None:
+    with contextlib.suppress(Exception):
+        function(argument)
 
 
 def _background_files(pattern: str) -> Sequence[str]:

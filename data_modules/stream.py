@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_modules.schedule import InterleavedSchedule
 from data_modules.shard_reader import SampleError
 from data_modules.source import Shown, SourceReader
+from lit_matting.checks import InputError
 from lit_matting.records import Detail, MattingBatch
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,23 @@ class StreamPlan:
         return {dataset: self.used_before(dataset, place) for dataset in self.schedule.datasets}
 
 
-class StreamBatches(Dataset[tuple[MattingBatch, list[str]]]):
+class StreamBatches(Dataset[tuple["MattingBatch | InputError", list[str]]]):
     """Makes the batch of any place in the stream; holds no state that a batch depends on.
 
-    Returns ``(batch, lines about replaced bad samples)``.
+    Returns ``(batch, lines about replaced bad samples)``. A mistake in the data comes back as the error in the batch's
+    place: raised in a worker it would arrive wrapped in a stack trace.
     """
 
     def __init__(self, plan: StreamPlan, readers: Mapping[str, SourceReader], rank: int) -> None:
         self.plan, self.readers, self.rank = plan, dict(readers), rank
 
-    def __getitem__(self, place: Place) -> tuple[MattingBatch, list[str]]:
+    def __getitem__(self, place: Place) -> tuple[MattingBatch | InputError, list[str]]:
+        try:
+            return self._batch(place)
+        except InputError as error:
+            return error, []
+
+    def _batch(self, place: Place) -> tuple[MattingBatch, list[str]]:
         dataset, draws = self.plan.draws(place, self.rank)
         reader = self.readers[dataset]
         shown, bad = [], []
@@ -106,6 +114,9 @@ def assemble(shown: Sequence[Shown], batch_size: int, dataset: str, iteration: i
             target=torch.from_numpy(np.stack([part[1] for part in parts]))[:, None],
             box=torch.tensor([part[2] for part in parts], dtype=torch.float32),
         )
+    counts = {len(one.choices) for one in shown}
+    # the network encodes an image once for all its phrases, where every image has equally many
+    even = len(counts) == 1 and len(rows) % min(counts) == 0
     return MattingBatch(
         image=image,
         target=target,
@@ -119,6 +130,7 @@ def assemble(shown: Sequence[Shown], batch_size: int, dataset: str, iteration: i
         detail=detail,
         dataset=dataset,
         iteration=iteration,
+        phrases_per_image=counts.pop() if even else 1,
     )
 
 
@@ -195,12 +207,13 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[MattingBatch]:
         for passed, (batch, bad) in enumerate(self.loader, start=1):
+            if isinstance(batch, InputError):
+                raise batch
             self.on_bad(bad, len(batch))
             self.yielded += 1
             yield batch
             if passed == self.length:
                 return
-
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the data module holds the state; the method tells Lightning that resuming is provided for."""

@@ -67,6 +67,12 @@ def write_pictures(
     return folder / f"{name}.index.json"
 
 
+@pytest.fixture(name="picture", scope="session")
+def picture_fixture() -> Callable[..., tuple[np.ndarray, list[np.ndarray]]]:
+    """The picture of a number, and its alphas."""
+    return picture
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Callable[..., Path]:
     """Writes shards under the test's own folder: pictures("a", 12, ...) gives the index path."""
