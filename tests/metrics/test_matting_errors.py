@@ -217,6 +217,30 @@ def test_the_connected_levels_equal_ten_labellings(kind) -> None:
         np.testing.assert_array_equal(connected_levels(levels), slow_levels(pred, alpha))
 
 
+def test_solid_bodies_with_holes_bridges_and_twins_keep_their_levels() -> None:
+    """Large opaque areas are not walked through but counted: their sizes must still decide which is the largest."""
+    rng = np.random.default_rng(8)
+    for _ in range(150):
+        height, width = rng.integers(40, 130, 2)
+        alpha = np.zeros((height, width), np.uint8)
+        for _ in range(rng.integers(1, 6)):
+            top, left = rng.integers(0, height - 20), rng.integers(0, width - 20)
+            tall, wide = rng.integers(17, 70, 2)
+            alpha[top : top + tall, left : left + wide] = rng.choice([255, 255, 255, 153, 80])
+        pred = alpha.copy()
+        for _ in range(rng.integers(0, 8)):
+            row, column = rng.integers(0, height), rng.integers(0, width)
+            if rng.random() < 0.5:
+                pred[row, column : column + rng.integers(1, 60)] = rng.choice([0, 26, 128, 255])
+            else:
+                pred[row : row + rng.integers(1, 60), column] = rng.choice([0, 26, 128, 255])
+        levels = cv2.min(levels_passed(pred), levels_passed(alpha))
+        np.testing.assert_array_equal(connected_levels(levels), slow_levels(pred, alpha))
+    twins = np.zeros((40, 90), np.uint8)
+    twins[2:38, 2:40] = twins[2:38, 50:88] = 255
+    np.testing.assert_array_equal(connected_levels(levels_passed(twins)), slow_levels(twins, twins))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_thresholds_are_exact_for_8_bit_values_in_any_float_type(dtype) -> None:
     values = np.arange(256, dtype=np.uint8)[None]
