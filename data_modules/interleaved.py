@@ -117,6 +117,11 @@ class InterleavedDataModule(LightningDataModule):
         if stage == "predict" and isinstance(self.predict, dict) and "predict" not in self._benchmarks:
             self._benchmarks["predict"] = self._open_benchmarks(self.predict)
 
+    def teardown(self, stage: str) -> None:
+        """End the workers."""
+        if stage == "fit" and self._loader is not None:
+            self._loader.close()
+
     def _open_training(self) -> None:
         if not self.train:
             raise InputError("`data.train` is empty; name at least one training data set.")

@@ -12,6 +12,7 @@ from lit_matting.checks import InputError
 logger = logging.getLogger(__name__)
 
 _MAX_PERIOD = 1_000_000
+_MAX_WEIGHT = 1000
 
 
 class InterleavedSchedule:

@@ -206,14 +206,30 @@ class StreamLoader:
             self.__class__ = _SizedStreamLoader
 
     def __iter__(self) -> Iterator[MattingBatch]:
-        for passed, (batch, bad) in enumerate(self.loader, start=1):
-            if isinstance(batch, InputError):
-                raise batch
-            self.on_bad(bad, len(batch))
-            self.yielded += 1
-            yield batch
-            if passed == self.length:
-                return
+        whole = False
+        try:
+            for passed, (batch, bad) in enumerate(self.loader, start=1):
+                if isinstance(batch, InputError):
+                    raise batch
+                self.on_bad(bad, len(batch))
+                self.yielded += 1
+                whole = passed == self.length
+                yield batch
+                if whole:
+                    return
+        finally:
+            if not whole:
+                self.close()
+
+    def close(self) -> None:
+        """End the workers that live on between passes.
+
+        Left to the garbage collector, they are told too late and waited for in vain, five seconds each.
+        """
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self.loader._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the data module holds the state; the method tells Lightning that resuming is provided for."""

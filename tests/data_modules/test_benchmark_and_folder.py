@@ -191,7 +191,7 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path, mode: str) -> None:
 def test_folder_without_images_or_phrases_says_so(tmp_path: Path, photographs: Path) -> None:
     with pytest.raises(InputError, match="no images at"):
         FolderSource(str(tmp_path / "none"), "x").loader()
-    with pytest.raises(InputError, match="`predict.phrases` is empty"):
+    with pytest.raises(InputError, match=r"`predict.phrases` is empty"):
         FolderSource(str(photographs)).loader()
     with pytest.raises(InputError, match="has no words"):
         FolderSource(str(photographs), "...").loader()

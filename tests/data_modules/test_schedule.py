@@ -85,8 +85,9 @@ def test_nothing_left_is_an_error() -> None:
         ({"cycle": []}, "cycle` is empty"),
         ({"insert_every": -1}, "must be 0 or more"),
         ({"weights": {"other": 2}}, "'other' is not in the schedule"),
-        ({"weights": {"am2k": 0}}, "every weight must be 1 or more"),
-        ({"weights": {"am2k": 10**7}}, "repeats only after"),
+        ({"weights": {"am2k": 0}}, "every weight must lie in"),
+        ({"weights": {"am2k": 10**7}}, "every weight must lie in"),
+        ({"weights": {"refmatte": 997, "refcoco": 991, "am2k": 983}}, "repeats only after"),
     ],
 )
 def test_impossible_schedules_are_refused(settings: dict, message: str) -> None:
