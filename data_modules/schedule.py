@@ -52,12 +52,9 @@ class InterleavedSchedule:
         if insert_every < 0:
             raise InputError(f"`data.schedule.insert_every` must be 0 or more, got {insert_every}.")
         unknown = sorted(set(self.weights) - {*self.cycle, *self.insert})
-        if unknown or any(weight < 1 for weight in self.weights.values()):
-            what = (
-                f"{unknown[0]!r} is not in the schedule"
-                if unknown
-                else f"every weight must be 1 or more: {self.weights}"
-            )
+        if unknown or not all(1 <= weight <= _MAX_WEIGHT for weight in self.weights.values()):
+            rule = f"every weight must lie in [1, {_MAX_WEIGHT}], got {self.weights}"
+            what = f"{unknown[0]!r} is not in the schedule" if unknown else rule
             raise InputError(f"`data.schedule.weights`: {what}; leave a data set out of `cycle` to switch it off.")
         self._period = self._write_out()
         self._turns: dict[str, list[int]] = {}
