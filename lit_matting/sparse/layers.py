@@ -87,6 +87,8 @@ class SubmanifoldConv2d(_SparseLayer):
         weight, bias = self._cast(features, len(active))
         if spconv_ops.chosen(self.backend, features):
             return spconv_ops.submanifold(features, weight, bias, active)
+        if self.kernel_size == 1:
+            return torch_ops.pointwise(features, weight, bias)
         return torch_ops.convolve(features, weight, bias, active.submanifold(self.kernel_size))
 
 

@@ -7,10 +7,9 @@ Two ways to the same sum, whichever moves less memory:
 - *multiply first*: one matrix product of every input row with the whole kernel, then sum the few results that belong to
   each output. For layers that shrink the channels, above all the last one, and for the way back from half resolution.
 
-No state outside of a call: buffers belong to the call, so any number of threads may compute at the same time. Matrix
-products are filled up to a multiple of 64 rows, because BLAS libraries pick other kernels for few rows: so the result
-of a row does not depend on how many other rows there are, and an image computed in overlapping bands gives the same
-bits as in one go.
+No state outside of a call: buffers belong to the call, so any number of threads may compute at the same time. The bits
+of a row do not depend on how many other rows there are, so an image computed in overlapping bands gives exactly what it
+gives in one go.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from lit_matting.sparse.memory import fresh
 from lit_matting.sparse.rulebook import Reads, Rulebook
@@ -30,6 +30,9 @@ _BUFFER_BYTES = 640 * 1024
 
 _DEVICE_BUFFER_BYTES = 64 * 1024**2
 """The same on other devices: enough rows to fill them."""
+
+_POINTWISE_ROWS = 8192
+"""Rows of a 1x1 kernel at a time on a CPU."""
 
 _ROW_MULTIPLE = 64
 """Matrix products have a multiple of so many rows."""
@@ -48,6 +51,11 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, rulebook: Ru
         (outputs, O), of the dtype of `features`.
     """
     return _Convolution.apply(features, weight, bias, rulebook)
+
+
+def pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolution of rows with a 1x1 kernel, which needs no neighbours; otherwise as `convolve`."""
+    return _Pointwise.apply(features, weight, bias)
 
 
 class _Convolution(torch.autograd.Function):
@@ -85,6 +93,26 @@ class _Convolution(torch.autograd.Function):
         return grad_features, grad_weight, grad_bias, None
 
 
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        with torch.autocast(features.device.type, enabled=False):
+            return _apply_pointwise(features.contiguous(), weight.flatten(1), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        features, weight = ctx.saved_tensors
+        wants_features, wants_weight, wants_bias = ctx.needs_input_grad
+        with torch.autocast(features.device.type, enabled=False):
+            gradient = gradient.contiguous()
+            grad_features = _apply_pointwise(gradient, weight.flatten(1).t(), None) if wants_features else None
+            grad_weight = (gradient.t() @ features).view(weight.shape) if wants_weight else None
+            grad_bias = gradient.sum(0) if wants_bias else None
+        return grad_features, grad_weight, grad_bias
+
+
 def _multiplies_first(reads: Reads, weight: Tensor) -> bool:
     return reads.columns is None or 2 * weight.shape[0] <= weight.shape[1]
 
@@ -112,84 +140,112 @@ def _apply(
     if _multiplies_first(reads, weight):
         _multiply_first(rows, weight, bias, reads, result)
         return result
-    columns = list(reads.columns or ())
-    matrix = weight[:, :, columns].permute(2, 1, 0).flatten(0, 1).contiguous()
+    product = _Product(weight[:, :, list(reads.columns or ())].permute(2, 1, 0).flatten(0, 1), bias)
     for chunk, gathered in _gather(rows, reads):
-        count = chunk.stop - chunk.start
-        if count == len(gathered):
-            _product(bias, gathered, matrix, result[chunk])
-        else:
-            result[chunk] = _product(bias, gathered, matrix, rows.new_empty(len(gathered), len(weight)))[:count]
+        product.into(result[chunk], gathered)
         if total is not None and partner is not None:
-            _accumulate(total, gathered[:count], partner[chunk])
+            _accumulate(total, gathered, partner[chunk])
     return result
 
 
-def _product(bias: Tensor | None, rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
+class _Product:
+    """``rows @ matrix + bias`` with the same bits for a row, however many rows there are.
+
+    BLAS libraries take other kernels, which round differently, for few rows and for a single column: so rows are filled
+    up to a multiple of 64, and a single column gets a second one.
+    """
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
+        self.columns = matrix.shape[1]
+        if self.columns == 1:
+            matrix = pad(matrix, (0, 1))
+            bias = None if bias is None else pad(bias, (0, 1))
+        self.matrix = matrix.contiguous()
+        self.bias = bias
+
+    def into(self, out: Tensor, rows: Tensor) -> None:
+        """Compute ``out`` (n, columns) from rows (n, K)."""
+        missing = -len(rows) % _ROW_MULTIPLE
+        if missing or self.columns == 1:
+            filled = pad(rows, (0, 0, 0, missing)) if missing else rows
+            out.copy_(self._compute(filled)[: len(rows), : self.columns])
+        else:
+            self._compute(rows, out)
+
+    def _compute(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        result = torch.mm(rows, self.matrix, out=out)
+        # addmm would first copy the bias into all of the result: three times as slow as adding it at the end
+        return result if self.bias is None else result.add_(self.bias)
 
 
 def _gather(rows: Tensor, reads: Reads) -> Iterator[tuple[slice, Tensor]]:
     """For a few outputs at a time, all rows that each of them reads, side by side: (outputs, width * I).
 
-    The buffer is filled again for the next ones. Rows beyond the outputs, up to a multiple of 64, hold anything.
+    One buffer, filled again for the next ones.
     """
     channels = rows.shape[1]
     width = reads.table.shape[1]
     budget = _BUFFER_BYTES if rows.device.type == "cpu" else _DEVICE_BUFFER_BYTES
-    fitting = budget // (width * channels * rows.element_size())
-    size = _whole(min(max(fitting, 1), reads.block, max(reads.outputs, 1)))
+    fitting = budget // (width * channels * rows.element_size()) // _ROW_MULTIPLE * _ROW_MULTIPLE
+    size = min(max(fitting, _ROW_MULTIPLE), reads.block)
     buffer = rows.new_empty(size * width, channels)
     window = rows.new_empty(reads.capacity + 1, channels)
     window[reads.capacity] = 0
     taken = 0
     for number, needed in enumerate(reads.taken):
-        for block in range(taken, needed):
-            part = rows[block * reads.block : (block + 1) * reads.block]
-            place = block * reads.block % reads.capacity
-            window[place : place + len(part)] = part
-        taken = max(taken, needed)
+        for part, places in _blocks(rows, reads, taken, needed):
+            window[places] = part
+        taken = needed
         end = min((number + 1) * reads.block, reads.outputs)
         for start in range(number * reads.block, end, size):
             chunk = slice(start, min(start + size, end))
-            count = chunk.stop - chunk.start
-            torch.index_select(window, 0, reads.table[chunk].view(-1), out=buffer[: count * width])
-            yield chunk, buffer[: _whole(count) * width].view(-1, width * channels)
+            gathered = buffer[: (chunk.stop - start) * width]
+            torch.index_select(window, 0, reads.table[chunk].view(-1), out=gathered)
+            yield chunk, gathered.view(-1, width * channels)
 
 
-def _whole(count: int) -> int:
-    return -(-count // _ROW_MULTIPLE) * _ROW_MULTIPLE
+def _blocks(rows: Tensor, reads: Reads, taken: int, needed: int) -> Iterator[tuple[Tensor, slice]]:
+    """The blocks of rows that come into the window next, and their places in it."""
+    for block in range(taken, needed):
+        part = rows[block * reads.block : (block + 1) * reads.block]
+        place = block * reads.block % reads.capacity
+        yield part, slice(place, place + len(part))
 
 
 def _multiply_first(rows: Tensor, weight: Tensor, bias: Tensor | None, reads: Reads, result: Tensor) -> None:
     channels, width = weight.shape[0], reads.table.shape[1]
     if reads.columns is not None:
         weight = weight[:, :, list(reads.columns)]
-    matrix = weight.permute(1, 2, 0).flatten(1).contiguous()
-    products = rows.new_empty(reads.capacity + 1, matrix.shape[1])
+    product = _Product(weight.permute(1, 2, 0).flatten(1), None)
+    window = rows.new_empty(reads.capacity + 1, product.columns)
     # what is read where no pixel is active
-    products[reads.capacity] = 0
-    parts = products.view(-1, channels)
+    window[reads.capacity] = 0
+    products = window.view(-1, channels)
     column = torch.arange(width, dtype=torch.int32, device=rows.device)
     bags = torch.arange(0, reads.block * width, width, dtype=torch.int32, device=rows.device)
     codes = torch.empty(reads.block, width, dtype=torch.int32, device=rows.device)
     taken = 0
     for number, needed in enumerate(reads.taken):
-        for block in range(taken, needed):
-            part = rows[block * reads.block : (block + 1) * reads.block]
-            place = block * reads.block % reads.capacity
-            if len(part) == _whole(len(part)):
-                torch.mm(part, matrix, out=products[place : place + len(part)])
-            else:
-                filled = torch.nn.functional.pad(part, (0, 0, 0, _whole(len(part)) - len(part)))
-                products[place : place + len(part)] = (filled @ matrix)[: len(part)]
-        taken = max(taken, needed)
+        for part, places in _blocks(rows, reads, taken, needed):
+            product.into(window[places], part)
+        taken = needed
         chunk = slice(number * reads.block, min((number + 1) * reads.block, reads.outputs))
         table = reads.table[chunk]
         if reads.columns is not None:
             table = torch.add(column, table, alpha=width, out=codes[: len(table)])
-        total = torch.embedding_bag(parts, table.view(-1), bags[: len(table)], mode=0)[0]
+        # the sum of the rows that each bag lists, without ever writing them side by side
+        total = torch.embedding_bag(products, table.view(-1), bags[: len(table)], mode=0)[0]
         result[chunk] = total if bias is None else total.add_(bias)
+
+
+def _apply_pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows (N, I) times weight (O, I)."""
+    result = fresh(len(rows), len(weight), like=rows)
+    product = _Product(weight.t(), bias)
+    size = _POINTWISE_ROWS if rows.device.type == "cpu" else len(rows)
+    for start in range(0, len(rows), max(size, 1)):
+        product.into(result[start : start + size], rows[start : start + size])
+    return result
 
 
 def _zero_total(reads: Reads, rows: Tensor, partner: Tensor) -> Tensor:
@@ -202,7 +258,7 @@ def _correlate(rows: Tensor, partner: Tensor, reads: Reads) -> Tensor:
     """Sum over outputs p of ``gathered[p]`` times ``partner[p]``, (width * I, P)."""
     total = _zero_total(reads, rows, partner)
     for chunk, gathered in _gather(rows, reads):
-        _accumulate(total, gathered[: chunk.stop - chunk.start], partner[chunk])
+        _accumulate(total, gathered, partner[chunk])
     return total
 
 

@@ -52,7 +52,9 @@ def layers() -> Iterator[tuple[nn.Module, Dense, bool]]:
     """Layers with their dense twins, and whether they read the coarse set."""
     yield SubmanifoldConv2d(5, 4), dense_same, False
     yield SubmanifoldConv2d(5, 4, kernel_size=1), dense_same, False
+    yield SubmanifoldConv2d(6, 1, kernel_size=1), dense_same, False
     yield SubmanifoldConv2d(3, 6, kernel_size=5), dense_same, False
+    yield SubmanifoldConv2d(1, 1), dense_same, False
     yield SubmanifoldConv2d(16, 1, bias=False), dense_same, False
     yield SubmanifoldConv2d(2, 9), dense_same, False
     for kernel_size in (2, 3):
@@ -114,7 +116,7 @@ def test_gradients_are_right_when_only_some_are_wanted(wants: tuple[bool, bool])
 
 
 def test_gradcheck_passes() -> None:
-    mask = torch.rand(2, 5, 4) < 0.6
+    mask = torch.rand(2, 3, 3) < 0.6
     active = ActiveSet.from_mask(mask)
     for layer, _, coarse in layers():
         layer = layer.double()
@@ -172,7 +174,8 @@ def test_threads_that_share_a_set_and_a_layer_do_not_disturb_each_other() -> Non
 def test_a_band_of_an_image_gives_the_same_bits_as_the_whole() -> None:
     # what lets the refiner work in bands: halo of one row per layer, even start because of the half resolution
     mask = torch.rand(1, 150, 70) < 0.4
-    stack = [SubmanifoldConv2d(8, 32), SubmanifoldConv2d(32, 24), SubmanifoldConv2d(24, 1)]
+    stack = [SubmanifoldConv2d(8, 32), SubmanifoldConv2d(32, 24), SubmanifoldConv2d(24, 1), SubmanifoldConv2d(1, 1)]
+    mix = SubmanifoldConv2d(8, 1, kernel_size=1)
     down, up = SparseConv2d(8, 16), InverseConv2d(16, 1)
     image = torch.randn(1, 8, 150, 70)
 
@@ -182,8 +185,8 @@ def test_a_band_of_an_image_gives_the_same_bits_as_the_whole() -> None:
         hidden = rows
         for layer in stack:
             hidden = layer(hidden, active).relu()
-        result = torch.zeros(1, *mask.shape[1:], 2)
-        result[mask] = torch.cat((hidden, up(down(rows, active), active)), 1)
+        result = torch.zeros(1, *mask.shape[1:], 3)
+        result[mask] = torch.cat((hidden, mix(rows, active), up(down(rows, active), active)), 1)
         return result
 
     with torch.no_grad():
