@@ -6,6 +6,9 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
+
+log = logging.getLogger(__name__)
 
 PROG = "python -m lit_matting"
 
@@ -57,6 +60,9 @@ def run_trainer(arguments: list[str]) -> int:
     _quiet()
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    _log_once()
 
     # importing the rooms makes their classes known by their short names in configs and in --help
     import callbacks  # noqa: F401
@@ -66,10 +72,34 @@ def run_trainer(arguments: list[str]) -> int:
     from lit_matting.checks import InputError
     from lit_matting.module import LitMatting
 
+    class MattingParser(LightningArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            # the usage of a command is three screens long and would push the sentence that matters out of sight
+            said = " ".join(message.split())
+            see = "" if "--help" in said else f" (all options: {PROG} {arguments[0]} --help)"
+            raise InputError(f"{said}{see}") from ex
+
     class MattingCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             # one size for both: the network's square is what the data is resized to
             parser.link_arguments("data.init_args.image_size", "model.image_size")
+
+        def _parse_ckpt_path(self) -> None:
+            """Let the checkpoint's own model settings win, as they must for its weights to fit, and say so."""
+            asked = _flat(self.config[self.config.subcommand].model)
+            super()._parse_ckpt_path()
+            model = self.config[self.config.subcommand].model
+            if self.config[self.config.subcommand].get("ckpt_path"):
+                model.initial_weights = None  # a run that goes on does not begin again
+            used = _flat(model)
+            for key in sorted(asked.keys() | used.keys()):
+                if asked.get(key) != used.get(key) and key != "initial_weights":
+                    log.warning(
+                        "`model.%s` is %r in the checkpoint and counts; the config's %r does not.",
+                        key,
+                        used.get(key),
+                        asked.get(key),
+                    )
 
         def before_instantiate_classes(self) -> None:
             self._say_which_weights()
@@ -90,21 +120,47 @@ def run_trainer(arguments: list[str]) -> int:
         for item in arguments
     ):
         raise InputError("give an experiment file: --config configs/experiment/demo.yaml")
-    MattingCLI(
-        LitMatting,
-        pl.LightningDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": PROG, "parser_mode": "omegaconf", "description": "Text-driven image matting"},
-        args=arguments,
-    )
+    try:
+        MattingCLI(
+            LitMatting,
+            pl.LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": PROG, "parser_mode": "omegaconf", "description": "Text-driven image matting"},
+            parser_class=MattingParser,
+            args=arguments,
+        )
+    except MisconfigurationException as error:
+        raise InputError(" ".join(str(error).split())) from error
     return 0
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every setting of a nested config under its dotted name."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if not isinstance(value, dict):
+        return {prefix: value}
+    nested = (_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
+    return {key: item for part in nested for key, item in part.items()}
 
 
 def _quiet() -> None:
     """Silence advice that does not apply: loaders are fed by one tar stream on purpose, and sharding is our own."""
-    for text in (".*does not have many workers.*", ".*`IterableDataset` has `__len__`.*", ".*isinstance.treespec.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*`IterableDataset` has `__len__`.*",
+        ".*isinstance.treespec.*",
+        ".*LightningCLI's args parameter.*",
+    ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _log_once() -> None:
+    """Leave Lightning's messages to the root logger, without its advertisements: it would print each one twice."""
+    logging.getLogger("lightning").handlers.clear()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: "💡" not in record.getMessage())

@@ -79,7 +79,7 @@ class LitMatting(pl.LightningModule):
         # Under the command line the hyperparameters are the plain config that built the parts. Without it they would be
         # the built modules themselves, pickled a second time into every checkpoint: nothing is saved then.
         if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters()
+            self.save_hyperparameters(ignore=["initial_weights"])  # where a run began is no part of the model
         self.network = MattingNetwork(
             backbone,
             neck,
