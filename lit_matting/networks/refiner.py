@@ -1,8 +1,8 @@
 """The refiner: the matte at the photograph's own resolution, computed only where it is uncertain.
 
 A matte is 0 or 1 nearly everywhere. Upsampling the low-resolution alpha answers those pixels; the others, a band a few
-pixels wide around every boundary plus whatever is transparent, form the *active set*, and only they pass through a small
-sparse U-Net (after SparseMat, Sun et al. 2023). Time and memory follow the active pixels, not the image's area.
+pixels wide around every boundary plus whatever is transparent, form the *active set*, and only they pass through a
+small sparse U-Net (after SparseMat, Sun et al. 2023). Time and memory follow the active pixels, not the image's area.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Refined:
 class SparseRefiner(nn.Module):
     """Two-scale sparse refinement.
 
-    The active set is a dilation of the uncertain set, so it has no block structure, and the correction fades to exactly 0
-    on its outermost pixels: the result is continuous there, and rectangular holes are impossible by construction.
+    The active set is a dilation of the uncertain set, so it has no block structure, and the correction fades to exactly
+    0 on its outermost pixels: the result is continuous there, and rectangular holes are impossible by construction.
 
     Args:
         feature_channels: Channels of the network's features that are handed to each active pixel.
@@ -47,6 +47,8 @@ class SparseRefiner(nn.Module):
         trimap_range: Trimap values strictly inside are uncertain.
         detach_inputs: Keep the refiner's gradient out of the network before it. From scratch, the gradient of a matte
             that is still in the wrong place harms grounding.
+        train_images: Refine at most so many images of a training batch, the first ones; the others keep the enlarged
+            alpha. The refiner learns from pixels, of which a few images hold plenty. None: all.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class SparseRefiner(nn.Module):
         alpha_range: tuple[float, float] = (0.01, 0.99),
         trimap_range: tuple[float, float] = (0.25, 0.75),
         detach_inputs: bool = True,
+        train_images: int | None = None,
     ) -> None:
         super().__init__()
         self.feature_channels = feature_channels
@@ -69,6 +72,7 @@ class SparseRefiner(nn.Module):
         self.alpha_range = alpha_range
         self.trimap_range = trimap_range
         self.detach_inputs = detach_inputs
+        self.train_images = train_images
         in_channels = 3 + 1 + 1 + feature_channels
         names = ("full_scale",) if half_scale_above is None else ("half_scale", "full_scale")
         self.scales = nn.ModuleDict({name: SparseUNet(in_channels, widths, blocks) for name in names})
@@ -82,11 +86,12 @@ class SparseRefiner(nn.Module):
             image: (B, 3, H, W) RGB in [0, 1].
             alpha: (B, 1, h, w) in [0, 1], the low-resolution matte.
             trimap: (B, 1, h, w) in [0, 1], the soft trimap.
-            features: (B, C, h, w) with C = ``feature_channels``.
+            features: (B, C, h, w) with C = ``feature_channels``. Their gradient is always returned: the projection that
+                makes them learns from the refiner alone, so it is before the projection that they are to be detached.
             box: (B, 4) where the image is only a crop of what the maps cover: top, left, height, width in shares of it.
         """
         if self.detach_inputs:
-            alpha, trimap, features = alpha.detach(), trimap.detach(), features.detach()
+            alpha, trimap = alpha.detach(), trimap.detach()
         # small differences of colour decide here: no half precision, whatever runs around it
         with torch.autocast(image.device.type, enabled=False):
             return self._refine(image.float(), alpha.float(), trimap.float(), features.float(), box)
@@ -124,10 +129,14 @@ class SparseRefiner(nn.Module):
         self, unet: SparseUNet, image: Tensor, alpha: Tensor, trimap: Tensor, features: Tensor, box: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         mask = self.active_pixels(alpha, resample(trimap, image.shape[-2:], box))
+        if self.training and self.train_images is not None:
+            mask[self.train_images :] = False
         active = ActiveSet.from_mask(mask)
         if len(active) == 0:
-            anchor = 0.0 * sum(parameter.sum() for parameter in unet.parameters()) if self.training else 0.0
-            return alpha + anchor, mask
+            if self.training:
+                # nothing to do, but distributed training waits for these gradients
+                alpha = alpha + 0.0 * (features.sum() + sum(parameter.sum() for parameter in unet.parameters()))
+            return alpha, mask
         fade = feather(mask)
         at = pixel_places(active, image.shape[-2:], box)
         before = gather(alpha, active)

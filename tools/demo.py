@@ -1,0 +1,207 @@
+"""The whole road on generated scenes: shards, training, judging, a picture and a table.
+
+    python tools/demo.py                   # configs/experiment/demo.yaml, about ten minutes on two cores
+    python tools/demo.py --config configs/experiment/demo_long.yaml --folder outputs/demo_long
+
+Every step is one of the project's own commands and is printed before it runs, so that it can be run alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from data_modules.decode import decode_sample
+from data_modules.shards import ShardIndex
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {
+    "alpha": "refined alpha",
+    "alpha_lr": "unrefined alpha",
+    "trimap": "trimap",
+    "grounding": "grounding map",
+    "all_zero": "baseline: nothing",
+    "perfect_all": "baseline: every object, perfect",
+    "perfect_random": "baseline: one object blindly, perfect",
+}
+COLUMNS = {
+    "grounding_accuracy": "grounding",
+    "strict_accuracy": "strict",
+    "swap_accuracy": "swap",
+    "strict_swap_accuracy": "strict swap",
+    "soft_iou": "soft IoU",
+    "sad": "SAD",
+    "band_mae": "band MAE",
+}
+CELL = 176
+PICTURE_IMAGES = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python tools/demo.py", description="Train, judge and show the demo.")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/experiment/demo.yaml", help="experiment to run")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/demo"), help="where that experiment writes")
+    parser.add_argument("--scenes", type=int, default=12000, help="training scenes (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="seed of training; default: the experiment's own")
+    parser.add_argument("--picture-only", action="store_true", help="draw and print again what is already there")
+    options = parser.parse_args(arguments)
+    checkpoint = options.folder / "last.ckpt"
+    started = time.monotonic()
+    if not options.picture_only:
+        shards = Path("outputs/demo/shards")
+        if not _complete(shards, options.scenes):
+            _run("tools/scene_shards.py", str(shards), "--train", str(options.scenes))
+        config = ["--config", str(_shortest(options.config))]
+        seed = [] if options.seed is None else ["--seed_everything", str(options.seed)]
+        _run("-m", "lit_matting", "fit", *config, *seed)
+        _run("-m", "lit_matting", "test", *config, "--ckpt_path", str(checkpoint))
+    picture = draw(checkpoint, Path("outputs/demo/shards/test.index.json"), options.folder / "picture.png")
+    report = json.loads((options.folder / "report.json").read_text())
+    console = Console(width=max(100, Console().width))
+    for table in tables(report):
+        console.print(table)
+    console.print(
+        f"took {time.monotonic() - started:.0f} s; picture: [bold]{picture}[/]; figures: {options.folder}/report.json"
+    )
+    console.print(
+        f'next: python -m lit_matting matte PHOTO.jpg "the red one" --checkpoint {checkpoint} -o cutout.png\n'
+        "      (this model has only ever seen generated scenes; see docs/DATA.md for training on your own images)",
+        highlight=False,
+    )
+    return 0
+
+
+def _shortest(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _run(*arguments: str) -> None:
+    print(f"$ python {' '.join(arguments)}", flush=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    code = subprocess.call([sys.executable, *arguments], env=environment)
+    if code:
+        raise SystemExit(code)
+
+
+def _complete(folder: Path, scenes: int) -> bool:
+    try:
+        counts = [ShardIndex.load(folder / f"{split}.index.json").samples for split in ("train", "val", "test")]
+    except (OSError, ValueError):
+        return False
+    return counts[0] == scenes
+
+
+# --- the table
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Return the demo's tables from a report: every method overall, and the refined alpha by kind of phrase."""
+    scores = report["scores"]
+    cards = {name: scores[name]["overall"] for name in ("alpha", "alpha_lr", "trimap", "grounding")}
+    cards |= {name: card["overall"] for name, card in scores["alpha"]["baselines"].items()}
+    overall = Table(title=f"{cards['alpha']['samples']} phrases on held-out scenes")
+    overall.add_column("")
+    for title in COLUMNS.values():
+        overall.add_column(title, justify="right")
+    for name, title in METHODS.items():
+        overall.add_row(title, *(_number(cards[name].get(column)) for column in COLUMNS))
+    kinds = Table(title="refined alpha, by kind of phrase")
+    kinds.add_column("")
+    for title in COLUMNS.values():
+        kinds.add_column(title, justify="right")
+    for kind, card in scores["alpha"]["kinds"].items():
+        kinds.add_row(f"{kind} ({card['samples']})", *(_number(card.get(column)) for column in COLUMNS))
+    return [overall, kinds]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.3f}"
+
+
+# --- the picture
+
+
+def draw(checkpoint: Path, index: Path, path: Path) -> Path:
+    """Draw image | phrase | trimap | alpha | cut-out for the first held-out scenes, two phrases each."""
+    from lit_matting.pipeline import MattingPipeline
+
+    pipeline = MattingPipeline.from_checkpoint(checkpoint)
+    shards = ShardIndex.load(index)
+    rows = []
+    for number in range(shards.samples):
+        sample = shards.read(number)
+        # not the first phrase each: with the scene's number the kinds take turns
+        phrases = [item.phrases[number % len(item.phrases)].text for item in sample.instances if item.phrases][:2]
+        if len(phrases) < 2:
+            continue
+        image = Image.fromarray(decode_sample(sample, ()).image)
+        for phrase, result in zip(phrases, pipeline(image, phrases)):
+            rows.append(_row(image, phrase, result))
+        if len(rows) >= 2 * PICTURE_IMAGES:
+            break
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for place, row in enumerate(rows):
+        sheet.paste(row, (0, place * row.height))
+    temporary = path.with_suffix(".part.png")
+    sheet.save(temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def _row(image: Image.Image, phrase: str, result: Any) -> Image.Image:
+    cells = [
+        image,
+        _words(phrase),
+        _grey(result.trimap),
+        _grey(result.alpha),
+        _on_checkerboard(result.cutout),
+    ]
+    row = Image.new("RGB", (len(cells) * (CELL + 4), CELL + 4), "white")
+    for place, cell in enumerate(cells):
+        row.paste(cell.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS), (place * (CELL + 4) + 2, 2))
+    return row
+
+
+def _grey(values: Any) -> Image.Image:
+    return Image.fromarray(np.rint(np.clip(np.asarray(values, np.float32), 0, 1) * 255).astype(np.uint8))
+
+
+def _words(phrase: str) -> Image.Image:
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    font = ImageFont.load_default(16)
+    lines, line = [], ""
+    for word in phrase.split():
+        if font.getlength(f"{line} {word}") > CELL - 16:
+            lines, line = [*lines, line], word
+        else:
+            line = f"{line} {word}".strip()
+    ImageDraw.Draw(cell).multiline_text(
+        (CELL / 2, CELL / 2), "\n".join([*lines, line]), "black", font, anchor="mm", align="center"
+    )
+    return cell
+
+
+def _on_checkerboard(cutout: Image.Image) -> Image.Image:
+    pixels = np.asarray(cutout.resize((CELL, CELL), Image.Resampling.LANCZOS), np.float32)
+    y, x = np.mgrid[:CELL, :CELL] // 11
+    board = np.where((x + y) % 2, 205, 245)[..., None].astype(np.float32)
+    share = pixels[..., 3:] / 255
+    return Image.fromarray(np.rint(share * pixels[..., :3] + (1 - share) * board).astype(np.uint8))
+
+
+if __name__ == "__main__":
+    cv2.setNumThreads(1)
+    sys.exit(main())
