@@ -15,6 +15,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from lit_matting.checks import InputError
+
 
 class AttentionStore:
     """Collects the maps of one forward pass, by layer name; the first write of a layer wins.
@@ -92,13 +94,26 @@ def record_cross_attention(unet: UNet2DConditionModel, store: AttentionStore) ->
     """Replace the processors of every cross-attention of ``unet`` and return their layer names, in forward order.
 
     Raises:
-        ValueError: If the UNet has no cross-attention.
+        InputError: If the UNet has no cross-attention, or of a kind that Stable Diffusion does not use.
     """
     processors = dict(unet.attn_processors)
     names = [name for name in processors if name.endswith("attn2.processor")]
     if not names:
-        raise ValueError("the UNet has no cross-attention (`attn2`): it cannot be driven by a phrase.")
+        raise InputError("the UNet has no cross-attention (`attn2`): it cannot be driven by a phrase.")
     for name in names:
+        _check_plain(name, unet.get_submodule(name.removesuffix(".processor")))
         processors[name] = RecordingAttention(name.removesuffix(".attn2.processor"), store)
     unet.set_attn_processor(processors)
     return [name.removesuffix(".attn2.processor") for name in names]
+
+
+def _check_plain(name: str, attn: Attention) -> None:
+    """Refuse what :class:`RecordingAttention` does not compute, instead of computing something else."""
+    extras = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "add_v_proj")
+    found = [extra for extra in extras if getattr(attn, extra, None) is not None]
+    found += [flag for flag in ("residual_connection", "only_cross_attention") if getattr(attn, flag, False)]
+    if found:
+        raise InputError(
+            f"the UNet's {name} has {', '.join(found)}, which is not recorded here: take a UNet of the Stable Diffusion"
+            " family."
+        )

@@ -9,10 +9,12 @@ A backbone works in three steps, so that several phrases for one photograph shar
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -96,6 +98,18 @@ class Backbone(nn.Module, ABC):
         """Return the parts that are loaded, never trained: kept in eval mode and out of checkpoints."""
         return {}
 
+    def frozen_hashes(self) -> dict[str, str]:
+        """Return part -> SHA-256 of the weights of every frozen part.
+
+        A checkpoint holds trained weights only. These sums say which frozen ones it belongs to: the same folder loaded
+        in another precision, or another text encoder of the same shape, would be accepted in silence otherwise.
+        """
+        if self._frozen_hashes is None:
+            self._frozen_hashes = {name: _weights_sha256(part) for name, part in self.frozen_modules().items()}
+        return dict(self._frozen_hashes)
+
+    _frozen_hashes: dict[str, str] | None = None
+
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode everywhere but in the frozen parts."""
         super().train(mode)
@@ -107,3 +121,12 @@ class Backbone(nn.Module, ABC):
     def name(self) -> str:
         """What the backbone calls itself in reports and checkpoints."""
         return type(self).__name__
+
+
+def _weights_sha256(module: nn.Module) -> str:
+    """Hash names, precisions, shapes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

