@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoint = options.folder / "last.ckpt"
     started = time.monotonic()
     if not options.picture_only:
-        shards = Path("outputs/demo/shards")
+        shards = options.folder / "shards"
         if not _complete(shards, options.scenes):
             _run("tools/scene_shards.py", str(shards), "--train", str(options.scenes))
         config = ["--config", str(_shortest(options.config))]
         seed = [] if options.seed is None else ["--seed_everything", str(options.seed)]
         _run("-m", "lit_matting", "fit", *config, *seed)
         _run("-m", "lit_matting", "test", *config, "--ckpt_path", str(checkpoint))
-    picture = draw(checkpoint, Path("outputs/demo/shards/test.index.json"), options.folder / "picture.png")
+    picture = draw(checkpoint, options.folder / "shards/test.index.json", options.folder / "picture.png")
     report = json.loads((options.folder / "report.json").read_text())
     console = Console(width=max(100, Console().width))
     for table in tables(report):
