@@ -260,6 +260,11 @@ class ReferringScore(Metric):
             rows = torch.cat([rows[:3], rows[3:].mean(0, keepdim=True)])
         return rows.cpu()
 
+    def newest(self) -> list[ReferringSample]:
+        """Return the samples of the last update, in its order."""
+        first = len(self.values) - len(self.latest)
+        return [_sample(text, value) for text, value in zip(self.texts[first:], self.values[first:])]
+
     def reset(self) -> None:
         """Forget every sample."""
         super().reset()
@@ -270,7 +275,8 @@ class ReferringScore(Metric):
 
         A collective operation: every process must call it.
         """
-        own = [(text.cpu().numpy().tobytes(), value.cpu().numpy()) for text, value in zip(self.texts, self.values)]
+        own = [(text.cpu(), value.cpu()) for text, value in zip(self.texts, self.values)]
+        own = [(text.numpy().tobytes(), value.numpy()) for text, value in own]
         shares = [own]
         if dist.is_available() and dist.is_initialized():
             shares = [[] for _ in range(dist.get_world_size())]
@@ -283,10 +289,16 @@ class ReferringScore(Metric):
         return score_card(self.gather(), self.average)
 
 
-def score_card(samples: Sequence[ReferringSample], average: Average = "phrase") -> dict[str, Any]:
-    """Return the score card of samples: ``overall``, ``kinds``, ``categories``, ``sizes`` and ``baselines``.
+def _sample(text: Tensor, value: Tensor) -> ReferringSample:
+    return ReferringSample(*json.loads(text.cpu().numpy().tobytes()), values=value.cpu().numpy())
 
-    Every table has the same entries; see :class:`ReferringScore`. A rate without any sample to count is NaN.
+
+def score_card(samples: Sequence[ReferringSample], average: Average = "phrase") -> dict[str, Any]:
+    """Return the score card of samples.
+
+    It has the tables ``overall``, and by name ``kinds``, ``categories``, ``sizes``, ``datasets``; and all of them again
+    for each of the ``baselines``. Every table has the same entries; see :class:`ReferringScore`. A rate without any
+    sample to count is NaN.
     """
 
     def tables(row: int) -> dict[str, Any]:
@@ -301,6 +313,7 @@ def score_card(samples: Sequence[ReferringSample], average: Average = "phrase") 
             "kinds": by(lambda sample: sample.kind),
             "categories": by(lambda sample: sample.category),
             "sizes": by(lambda sample: sample.size, [name for name, _ in SIZES]),
+            "datasets": by(lambda sample: sample.key.split("/")[0]),
         }
 
     methods = METHODS[: min((len(sample.values) for sample in samples), default=1)]

@@ -1,0 +1,1 @@
+"""Locked evaluation protocols, one YAML file each; ``lit_matting.metrics.protocol`` reads and checks them."""
