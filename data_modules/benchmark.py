@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_modules.decode import decode_sample
 from data_modules.shard_reader import RawSample, ShardIndex
 from data_modules.stream import as_is, one_thread
-from data_modules.transforms import full_view, show, show_target
+from data_modules.transforms import full_view, mattes, pictures, show, show_target
 from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch
 
@@ -206,8 +206,8 @@ class _Batches(Dataset[MattingBatch]):
         decoded = decode_sample(raw, wanted, empty_is_error=False)
         view = full_view(decoded.image)
         height, width = decoded.image.shape[:2] if self.size is None else (self.size, self.size)
-        image = torch.from_numpy(show(view, decoded.image, height, width).transpose(2, 0, 1).copy())
-        return image.float().div_(255), {
-            number: torch.from_numpy(show_target(view, target, height, width, raw.instances[number].kind != "alpha"))
+        alphas = {
+            number: mattes([show_target(view, target, height, width, raw.instances[number].kind != "alpha")])[0, 0]
             for number, target in decoded.targets.items()
         }
+        return pictures([show(view, decoded.image, height, width)])[0], alphas

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_modules.decode import decode_rgb
 from data_modules.stream import as_is, one_thread
+from data_modules.transforms import pictures
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.records import MattingBatch
 
@@ -103,7 +104,7 @@ class _Photographs(Dataset[MattingBatch]):
             raise InputError(f"image '{path}' cannot be used: {error}.") from error
         height, width = image.shape[:2]
         return MattingBatch(
-            image=torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float().div_(255),
+            image=pictures([image]),
             target=torch.zeros(1, 1, height, width),
             has_alpha=torch.tensor([False]),
             prompts=(phrase,),

@@ -13,7 +13,7 @@ from data_modules.remote import RemoteShards
 from data_modules.schedule import InterleavedSchedule
 from data_modules.shard_reader import ShardIndex
 from data_modules.source import ShardSource, SourceReader
-from data_modules.stream import BadSamples, Place, StreamBatches, StreamLoader, StreamPlan
+from data_modules.stream import BadSamples, Place, StreamBatches, StreamLoader, StreamPlan, unpacked
 from data_modules.transforms import Augmentation
 from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch
@@ -205,6 +205,8 @@ class InterleavedDataModule(LightningDataModule):
             self.prefetch,
             self.pin_memory,
             self.persistent_workers,
+            # a trainer asks for floats when the batch is on its device
+            unpack=self.trainer is None,
         )
         self._seen_before = self._seen()
         return self._loader
@@ -329,3 +331,7 @@ class InterleavedDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: MattingBatch, device: Any, dataloader_idx: int) -> MattingBatch:
         """Move a batch, without waiting for the copy when it comes from page-locked memory."""
         return batch.to(device, non_blocking=self.pin_memory)
+
+    def on_after_batch_transfer(self, batch: MattingBatch, dataloader_idx: int) -> MattingBatch:
+        """Turn a training batch from 8 bits to floats, on the device."""
+        return unpacked(batch)

@@ -104,7 +104,7 @@ class Shown:
     image: np.ndarray
     """(size, size, 3) uint8."""
     targets: list[np.ndarray]
-    """One (size, size) float32 per choice."""
+    """One (size, size) uint8 or uint16 per choice."""
     choices: list[Choice]
     has_alpha: list[bool]
     categories: list[str]
@@ -112,6 +112,10 @@ class Shown:
     """One (size, size, 3) uint8 per choice."""
     details: list[tuple[np.ndarray, np.ndarray, tuple[float, float, float, float]]]
     """One (image, target, box) per choice, where details are asked for."""
+
+    def release(self) -> None:
+        """Let go of the pixels; what remains is what the batch says about them."""
+        self.image, self.targets, self.foregrounds, self.details = np.empty(0), [], None, []
 
 
 class SourceReader:

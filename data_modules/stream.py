@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_modules.schedule import InterleavedSchedule
 from data_modules.shard_reader import SampleError
 from data_modules.source import Shown, SourceReader
+from data_modules.transforms import mattes, pictures
 from lit_matting.checks import InputError
 from lit_matting.records import Detail, MattingBatch
 
@@ -90,60 +91,102 @@ class StreamBatches(Dataset[tuple["MattingBatch | InputError", list[str]]]):
     def _batch(self, place: Place) -> tuple[MattingBatch, list[str]]:
         dataset, draws = self.plan.draws(place, self.rank)
         reader = self.readers[dataset]
-        shown, bad = [], []
+        parts = BatchParts(reader.source.batch_size, reader.size, reader.detail_size)
+        bad: list[str] = []
         for draw in draws:
-            one, lines = reader.show(draw, place[0])
-            shown.append(one)
+            shown, lines = reader.show(draw, place[0])
+            parts.add(shown)
             bad += lines
-        return assemble(shown, reader.source.batch_size, dataset, place[0]), bad
+        return parts.batch(dataset, place[0]), bad
 
 
-def assemble(shown: Sequence[Shown], batch_size: int, dataset: str, iteration: int) -> MattingBatch:
-    """Put images and their targets into one batch of at most ``batch_size`` samples."""
-    rows = [(one, choice) for one in shown for choice in range(len(one.choices))][:batch_size]
-    image = _pictures([one.image for one, _ in rows])
-    target = torch.from_numpy(np.stack([one.targets[choice] for one, choice in rows]))[:, None]
-    foreground = None
-    if all(one.foregrounds is not None for one, _ in rows):
-        foreground = _pictures([one.foregrounds[choice] for one, choice in rows])  # type: ignore[index]
-    detail = None
-    if all(one.details for one, _ in rows):
-        parts = [one.details[choice] for one, choice in rows]
-        detail = Detail(
-            image=_pictures([part[0] for part in parts]),
-            target=torch.from_numpy(np.stack([part[1] for part in parts]))[:, None],
-            box=torch.tensor([part[2] for part in parts], dtype=torch.float32),
+class BatchParts:
+    """A batch in the making, in 8 bits: (B, H, W, 3) and (B, H, W), until :func:`unpacked` makes it what models read.
+
+    Eight bits are a quarter of the bytes from worker to trainer and from there to the device, and floats are made where
+    they are needed. Each image goes into the batch's memory as soon as it is decoded, so that the next one is decoded
+    into the same warm memory.
+    """
+
+    def __init__(self, batch_size: int, size: int, detail_size: int) -> None:
+        self.rows: list[tuple[Shown, int]] = []
+        self.batch_size, self.size, self.detail_size = batch_size, size, detail_size
+        self.image = np.empty((batch_size, size, size, 3), np.uint8)
+        self.foreground: np.ndarray | None = np.empty_like(self.image)
+        self.targets: list[np.ndarray] = []
+        self.details: list[tuple[np.ndarray, np.ndarray, tuple[float, float, float, float]]] = []
+
+    def add(self, shown: Shown) -> None:
+        """Add an image with its phrases, as far as there is room."""
+        for choice in range(min(len(shown.choices), self.batch_size - len(self.rows))):
+            row = len(self.rows)
+            self.image[row] = shown.image
+            self.targets.append(shown.targets[choice])
+            if shown.foregrounds is None or self.foreground is None:
+                # one image without them leaves the batch without them
+                self.foreground = None
+            else:
+                self.foreground[row] = shown.foregrounds[choice]
+            if self.detail_size:
+                self.details.append(shown.details[choice])
+            self.rows.append((shown, choice))
+        shown.release()
+
+    def batch(self, dataset: str, iteration: int) -> MattingBatch:
+        """Return the finished batch, still in 8 bits."""
+        count, detail = len(self.rows), None
+        if self.details:
+            images, targets, boxes = zip(*self.details)
+            detail = Detail(
+                torch.from_numpy(np.stack(images)), _packed(targets), torch.tensor(boxes, dtype=torch.float32)
+            )
+        chosen = [(shown, choice, shown.choices[choice]) for shown, choice in self.rows]
+        return MattingBatch(
+            image=torch.from_numpy(self.image[:count]),
+            target=_packed(self.targets),
+            has_alpha=torch.tensor([shown.has_alpha[choice] for shown, choice, _ in chosen]),
+            prompts=tuple(one.phrase.text for _, _, one in chosen),
+            prompt_kinds=tuple(one.phrase.kind for _, _, one in chosen),
+            keys=tuple(shown.key for shown, _, _ in chosen),
+            instance=torch.tensor([one.instance for _, _, one in chosen]),
+            categories=tuple(shown.categories[choice] for shown, choice, _ in chosen),
+            foreground=None if self.foreground is None else torch.from_numpy(self.foreground[:count]),
+            detail=detail,
+            dataset=dataset,
+            iteration=iteration,
         )
-    counts = {len(one.choices) for one in shown}
-    # the network encodes an image once for all its phrases, where every image has equally many
-    even = len(counts) == 1 and len(rows) % min(counts) == 0
-    return MattingBatch(
-        image=image,
-        target=target,
-        has_alpha=torch.tensor([one.has_alpha[choice] for one, choice in rows]),
-        prompts=tuple(one.choices[choice].phrase.text for one, choice in rows),
-        prompt_kinds=tuple(one.choices[choice].phrase.kind for one, choice in rows),
-        keys=tuple(one.key for one, _ in rows),
-        instance=torch.tensor([one.choices[choice].instance for one, choice in rows]),
-        categories=tuple(one.categories[choice] for one, choice in rows),
-        foreground=foreground,
-        detail=detail,
-        dataset=dataset,
-        iteration=iteration,
-        phrases_per_image=counts.pop() if even else 1,
+
+
+def _packed(targets: Sequence[np.ndarray]) -> torch.Tensor:
+    """Stack alphas as (B, H, W) uint8, or, where one of them has 16 bits, as the (B, 1, H, W) they will be."""
+    if all(target.dtype == np.uint8 for target in targets):
+        return torch.from_numpy(np.stack(targets))
+    return mattes(targets)
+
+
+def unpacked(batch: MattingBatch) -> MattingBatch:
+    """Return a batch from 8 bits as floats in [0, 1], channels first, on the device it is on; others as they are."""
+
+    def picture(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.uint8:
+            return tensor
+        if tensor.device.type == "cpu":
+            return pictures(list(tensor.numpy()))
+        return tensor.permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+    def matte(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.uint8:
+            return tensor
+        return mattes(list(tensor.numpy())) if tensor.device.type == "cpu" else tensor[:, None].float().div_(255)
+
+    detail = batch.detail
+    return replace(
+        batch,
+        image=picture(batch.image),
+        target=matte(batch.target),
+        foreground=None if batch.foreground is None else picture(batch.foreground),
+        detail=None if detail is None else replace(detail, image=picture(detail.image), target=matte(detail.target)),
     )
-
-
-def _pictures(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Stack (H, W, 3) uint8 into (B, 3, H, W) float in [0, 1]."""
-    stacked = np.empty((len(images), 3, *images[0].shape[:2]), np.uint8)
-    for number, image in enumerate(images):
-        # a repeated image (several phrases) is rearranged once
-        if number and image is images[number - 1]:
-            stacked[number] = stacked[number - 1]
-        else:
-            stacked[number] = image.transpose(2, 0, 1)
-    return torch.from_numpy(stacked).float().div_(255)
 
 
 class _Places(Sampler[Place]):
@@ -174,6 +217,7 @@ class StreamLoader:
         prefetch: Batches that each worker makes ahead.
         pin_memory: Whether batches go to page-locked memory.
         persistent_workers: Whether workers live on between passes.
+        unpack: Whether batches are handed out as floats; else in 8 bits, for :func:`unpacked` on the device.
     """
 
     def __init__(
@@ -186,8 +230,9 @@ class StreamLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         persistent_workers: bool = True,
+        unpack: bool = True,
     ) -> None:
-        self.batches, self.length, self.on_bad = batches, length, on_bad
+        self.batches, self.length, self.on_bad, self.unpack = batches, length, on_bad, unpack
         self.loader = DataLoader(
             batches,
             batch_size=None,
@@ -214,7 +259,7 @@ class StreamLoader:
                 self.on_bad(bad, len(batch))
                 self.yielded += 1
                 whole = passed == self.length
-                yield batch
+                yield unpacked(batch) if self.unpack else batch
                 if whole:
                     return
         finally:

@@ -27,6 +27,7 @@ from data_modules.shards import (
     sample_members,
     write_index,
 )
+from data_modules.stream import unpacked
 from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch
 
@@ -68,6 +69,29 @@ def test_one_epoch_shows_every_image_once_before_any_is_shown_again(pictures: Pi
     keys = [key for batch in batches for key in batch.keys]
     assert len(set(keys[:12])) == len(set(keys[12:])) == 12
     assert keys[:12] != keys[12:]
+
+
+def test_eight_bit_batches_unpack_to_the_same_floats_on_every_path(tmp_path: Path, picture: Picture) -> None:
+    with ShardWriter(tmp_path, prefix="w", tool="t") as writer:
+        for number in range(4):
+            image, alphas = picture(number)
+            wide = alphas[1].astype(np.uint16) * 257
+            entries = [InstanceEntry(f"{k}", a, phrases=[("it", "")]) for k, a in enumerate((alphas[0], wide))]
+            writer.write(f"{number}", image, "png", entries)
+    module = InterleavedDataModule({"w": ShardSource(str(tmp_path))}, image_size=24, epoch_iterations=1, detail_size=8)
+    module.setup("fit")
+    packed, _ = module.train_dataloader().batches[0, 0]
+    (floats,) = module.train_dataloader()
+    assert isinstance(packed, MattingBatch)
+    assert packed.image.dtype == torch.uint8
+    assert torch.equal(packed.image.permute(0, 3, 1, 2).float() / 255, floats.image)
+    again = unpacked(floats)
+    assert torch.equal(again.image, floats.image)
+    for row, key in enumerate(floats.keys):
+        alpha = picture(int(key[-1]))[1][int(floats.instance[row])]
+        assert (floats.target[row, 0] - torch.from_numpy(alpha) / 255).abs().max() < 1e-6
+    assert floats.detail is not None
+    assert floats.detail.image.dtype == floats.detail.target.dtype == torch.float32
 
 
 def test_masks_are_marked_as_having_no_alpha(pictures: Pictures) -> None:

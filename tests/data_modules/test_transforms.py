@@ -19,6 +19,8 @@ from data_modules.transforms import (
     colour_matrix,
     detail_box,
     full_view,
+    mattes,
+    pictures,
     recompose,
     resize,
     show,
@@ -49,7 +51,7 @@ def test_alpha_follows_the_image_through_every_view() -> None:
     for draw in range(40):
         view = augmentation.draw(image, {0: alpha}, PLAIN, np.random.default_rng(draw))
         shown = show(view, image, 48, 48)[..., 0] / 255
-        assert np.abs(shown - show_target(view, alpha, 48, 48, hard=False)).max() <= 1 / 255
+        assert np.abs(shown - show_target(view, alpha, 48, 48, hard=False) / 255).max() <= 1 / 255
         seen.add((view.flip, view.box))
     assert {flip for flip, _ in seen} == {True, False}
     assert len({box for _, box in seen}) > 20
@@ -57,17 +59,22 @@ def test_alpha_follows_the_image_through_every_view() -> None:
 
 def test_sixteen_bit_and_eight_bit_alphas_are_the_same_matte() -> None:
     alpha = _disc()
-    wide = alpha.astype(np.uint16) * 257
     view = full_view(alpha)
-    np.testing.assert_allclose(
-        show_target(view, alpha, 32, 32, False), show_target(view, wide, 32, 32, False), atol=0.003
-    )
-    assert show_target(view, np.full((4, 4), 65535, np.uint16), 4, 4, False).max() == 1
+    narrow, wide = (mattes([show_target(view, a, 32, 32, False)]) for a in (alpha, alpha.astype(np.uint16) * 257))
+    assert (narrow - wide).abs().max() < 0.003
+    assert torch.equal(mattes([np.array([[0, 65535]], np.uint16)]), torch.tensor([[[[0.0, 1.0]]]]))
+
+
+def test_every_eight_bit_value_becomes_its_255th() -> None:
+    image = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    expected = torch.from_numpy(image.transpose(2, 0, 1).copy()).float() / 255
+    assert torch.equal(pictures([image, image, image[::-1]])[1], expected)
+    assert torch.equal(mattes([image[..., 0]])[0, 0], expected[0])
 
 
 def test_hard_masks_stay_hard() -> None:
     shown = show_target(full_view(_disc()), (_disc() > 127).astype(np.uint8) * 255, 20, 20, hard=True)
-    assert set(np.unique(shown)) == {0.0, 1.0}
+    assert set(np.unique(shown)) == {0, 255}
 
 
 def test_crops_keep_the_named_instance_mostly_visible() -> None:
