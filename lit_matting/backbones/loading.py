@@ -174,7 +174,7 @@ def load_text_encoder(
         )
 
         with _configuration_folder(architecture, source) as folder:
-            return _read(
+            model = _read(
                 source,
                 lambda: create_diffusers_clip_model_from_ldm(
                     kind,
@@ -185,6 +185,8 @@ def load_text_encoder(
                     local_files_only=True,
                 ),
             )
+        _check_values(source, model, [])
+        return model
     _read_config(source / part)
     return _whole(
         source / part,

@@ -1,0 +1,57 @@
+"""Every file in configs/backbone builds what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+from tiny_models import save_tiny_pipeline
+
+from lit_matting.backbones import Backbone, StableDiffusion, TinyDiffusion
+from lit_matting.backbones.architecture import known_architectures
+from lit_matting.backbones.weights import NAMED
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "backbone"
+STABLE_DIFFUSION = ["sd15", "sd21", "sd21_base", "sd_turbo"]
+
+
+def parse(*arguments: str) -> tuple[ArgumentParser, object]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Backbone, "backbone")
+    return parser, parser.parse_args(list(arguments))
+
+
+def test_tiny_builds() -> None:
+    parser, config = parse(f"--backbone={CONFIGS / 'tiny.yaml'}")
+    assert isinstance(parser.instantiate(config).backbone, TinyDiffusion)
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_stable_diffusion_builds_from_a_folder_given_on_the_command_line(name: str, tmp_path: Path) -> None:
+    save_tiny_pipeline(tmp_path)
+    parser, config = parse(
+        f"--backbone={CONFIGS / name}.yaml",
+        f"--backbone.init_args.pretrained={tmp_path}",
+        # the tiny text encoder has three layers
+        "--backbone.init_args.text_layers=null",
+    )
+    backbone = parser.instantiate(config).backbone
+    assert isinstance(backbone, StableDiffusion)
+    assert backbone.max_tokens == 40
+    assert backbone.unet.is_gradient_checkpointing
+    # sd15 pads with the end token, which is the last of the vocabulary; the others with id 0
+    assert backbone.text_encoder.words.pad == (519 if name == "sd15" else 0)
+
+
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_the_named_weights_belong_to_the_architecture(name: str) -> None:
+    arguments = parse(f"--backbone={CONFIGS / name}.yaml")[1].backbone.init_args
+    assert NAMED[arguments.pretrained].architecture == arguments.architecture
+    assert arguments.architecture in known_architectures()
+
+
+def test_random_weights_are_one_argument_away() -> None:
+    config = parse(f"--backbone={CONFIGS / 'sd21.yaml'}", "--backbone.init_args.pretrained=null")[1]
+    assert config.backbone.init_args.pretrained is None
+    assert config.backbone.init_args.architecture == "sd21"
