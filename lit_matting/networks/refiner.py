@@ -99,6 +99,9 @@ class SparseRefiner(nn.Module):
     def _refine(self, image: Tensor, alpha: Tensor, trimap: Tensor, features: Tensor, box: Tensor | None) -> Refined:
         height, width = image.shape[-2:]
         long_edge = max(height, width)
+        if box is not None:
+            # a crop is refined as the photograph it was taken from will be: same scales, same kernel
+            long_edge = round((image.new_tensor([height, width]) / box[:, 2:].float()).amax().item())
         capped = min(1.0, (self.max_long_edge or long_edge) / long_edge)
         shares = [capped]
         if self.half_scale_above is not None and long_edge * capped > self.half_scale_above:
@@ -112,9 +115,9 @@ class SparseRefiner(nn.Module):
             unused.pop(name)
             size = (max(1, round(height * share)), max(1, round(width * share)))
             scaled = image if size == (height, width) else F.interpolate(image, size=size, mode="area")
-            current, active = self._scale(
-                self.scales[name], scaled, resample(current, size, place), trimap, features, box
-            )
+            whole = max(1, round(long_edge * share))
+            enlarged = resample(current, size, place)
+            current, active = self._scale(self.scales[name], scaled, enlarged, trimap, features, box, whole)
             place = None  # from here on the alpha covers the image itself
             alphas.append(current)
             actives.append(active)
@@ -126,9 +129,16 @@ class SparseRefiner(nn.Module):
         return Refined(result, tuple(alphas), tuple(actives))
 
     def _scale(
-        self, unet: SparseUNet, image: Tensor, alpha: Tensor, trimap: Tensor, features: Tensor, box: Tensor | None
+        self,
+        unet: SparseUNet,
+        image: Tensor,
+        alpha: Tensor,
+        trimap: Tensor,
+        features: Tensor,
+        box: Tensor | None,
+        long_edge: int,
     ) -> tuple[Tensor, Tensor]:
-        mask = self.active_pixels(alpha, resample(trimap, image.shape[-2:], box))
+        mask = self.active_pixels(alpha, resample(trimap, image.shape[-2:], box), long_edge)
         if self.training and self.train_images is not None:
             mask[self.train_images :] = False
         active = ActiveSet.from_mask(mask)
@@ -155,12 +165,18 @@ class SparseRefiner(nn.Module):
         refined = moved + (moved.clamp(0, 1) - moved).detach()
         return scatter(refined, active, alpha), mask
 
-    def active_pixels(self, alpha: Tensor, trimap: Tensor) -> Tensor:
-        """Return the pixels to refine, (B, H, W) bool: a dilation of where alpha or trimap is undecided."""
+    def active_pixels(self, alpha: Tensor, trimap: Tensor, long_edge: int | None = None) -> Tensor:
+        """Return the pixels to refine, (B, H, W) bool: a dilation of where alpha or trimap is undecided.
+
+        Args:
+            alpha: (B, 1, H, W) in [0, 1].
+            trimap: (B, 1, H, W) in [0, 1].
+            long_edge: Of the whole image, in pixels, where these are maps of a crop.
+        """
         uncertain = (alpha > self.alpha_range[0]) & (alpha < self.alpha_range[1])
         uncertain |= (trimap > self.trimap_range[0]) & (trimap < self.trimap_range[1])
         # beyond the reference size the enlarged maps' own blur grows with the image; the kernel need not
-        kernel = scaled_kernel(min(REFERENCE_SIZE, max(alpha.shape[-2:])), self.kernel_size)
+        kernel = scaled_kernel(min(REFERENCE_SIZE, long_edge or max(alpha.shape[-2:])), self.kernel_size)
         return dilate(uncertain.to(alpha.dtype), kernel).squeeze(1) > 0
 
 
