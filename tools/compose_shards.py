@@ -163,6 +163,7 @@ class _Crew:
         """Yield the results in the order of the arguments."""
         results: Iterator[Result]
         if self._pool is None:
+            cv2.setNumThreads(1)  # pictures this small lose more by waking threads than they gain
             results = map(function, arguments)
         else:
             # the function holds the plan: each process reads it once, instead of getting it with every task

@@ -273,6 +273,7 @@ def _run(
     """Yield shards as they get ready; closing the generator leaves no process behind."""
     jobs = [(number, groups[number], how, listing.dataset, listing.split) for number in waiting]
     if workers <= 1 or len(jobs) <= 1:
+        cv2.setNumThreads(1)
         for job in jobs:
             yield _build(*job)
             bar.update(len(job[1]))
