@@ -98,7 +98,7 @@ def _run(*arguments: str) -> None:
 
 def _complete(folder: Path, scenes: int) -> bool:
     try:
-        counts = [ShardIndex.load(folder / f"{split}.index.json").samples for split in ("train", "val", "test")]
+        counts = [len(ShardIndex.load(folder / f"{split}.index.json")) for split in ("train", "val", "test")]
     except (OSError, ValueError):
         return False
     return counts[0] == scenes
@@ -112,7 +112,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     scores = report["scores"]
     cards = {name: scores[name]["overall"] for name in ("alpha", "alpha_lr", "trimap", "grounding")}
     cards |= {name: card["overall"] for name, card in scores["alpha"]["baselines"].items()}
-    overall = Table(title=f"{cards['alpha']['samples']} phrases on held-out scenes")
+    overall = Table(title=f"{cards['alpha']['count']} phrases on held-out scenes")
     overall.add_column("")
     for title in COLUMNS.values():
         overall.add_column(title, justify="right")
@@ -123,7 +123,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     for title in COLUMNS.values():
         kinds.add_column(title, justify="right")
     for kind, card in scores["alpha"]["kinds"].items():
-        kinds.add_row(f"{kind} ({card['samples']})", *(_number(card.get(column)) for column in COLUMNS))
+        kinds.add_row(f"{kind} ({card['count']})", *(_number(card.get(column)) for column in COLUMNS))
     return [overall, kinds]
 
 
@@ -141,7 +141,7 @@ def draw(checkpoint: Path, index: Path, path: Path) -> Path:
     pipeline = MattingPipeline.from_checkpoint(checkpoint)
     shards = ShardIndex.load(index)
     rows = []
-    for number in range(shards.samples):
+    for number in range(len(shards)):
         sample = shards.read(number)
         # not the first phrase each: with the scene's number the kinds take turns
         phrases = [item.phrases[number % len(item.phrases)].text for item in sample.instances if item.phrases][:2]

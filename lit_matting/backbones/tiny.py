@@ -38,6 +38,8 @@ class TinyDiffusion(DiffusionBackbone):
         text_channels: Channels of a word.
         max_tokens: Longest phrase, in words; longer ones are cut and counted.
         gradient_checkpointing: See :class:`DiffusionBackbone`.
+        film: Let the phrase scale and shift the features of every residual layer, instead of only shifting them.
+        middle: Keep the UNet's middle block.
     """
 
     def __init__(
@@ -45,12 +47,13 @@ class TinyDiffusion(DiffusionBackbone):
         block_channels: tuple[int, ...] = (32, 64),
         attention_levels: tuple[int, ...] = (1,),
         layers_per_block: int = 1,
-        head_channels: int = 16,
+        head_channels: int = 32,
         stem_channels: int = 32,
         text_channels: int = 64,
         max_tokens: int = 12,
         gradient_checkpointing: bool = False,
         film: bool = True,
+        middle: bool = False,
     ) -> None:
         attends = [level in attention_levels for level in range(len(block_channels))]
         unet = UNet2DConditionModel(
@@ -64,6 +67,7 @@ class TinyDiffusion(DiffusionBackbone):
             cross_attention_dim=text_channels,
             attention_head_dim=[max(1, width // head_channels) for width in block_channels],
             norm_num_groups=8,
+            mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
             class_embed_type="projection",
             resnet_time_scale_shift="scale_shift" if film else "default",
             projection_class_embeddings_input_dim=text_channels,

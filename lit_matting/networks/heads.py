@@ -122,7 +122,9 @@ class AlphaHead(nn.Module):
 
     def forward(self, features: Tensor, trimap: Tensor, grounding: Tensor) -> Tensor:
         maps = torch.cat([trimap, grounding.sigmoid()], 1).to(features.dtype)
-        share = self.layers(torch.cat([features, maps], 1)).float().sigmoid()
+        # The grounding logits are h's starting point: while phrases are still ambiguous, an L1 that starts from nothing
+        # settles on the empty matte. They enter as a constant, so that the alpha does not pull on the grounding.
+        share = (self.layers(torch.cat([features, maps], 1)).float() + grounding.detach().float()).sigmoid()
         prior = trimap.detach() if self.detach_trimap else trimap
         foreground = (2 * prior - 1).clamp(min=0)
         unknown = 1 - (2 * prior - 1).abs()
