@@ -157,7 +157,6 @@ def test_two_files_of_one_name_are_refused(tmp_path, capsys) -> None:
     assert "are both called 'photo0'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_degraded_copies_of_real_mattes_rank_by_their_damage(tmp_path, shared_data) -> None:
     """Truth itself, a little blur, much blur, a hard mask, nothing: every error must say so."""
     source = shared_data / "real_alpha"
