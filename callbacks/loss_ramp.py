@@ -37,7 +37,7 @@ class LossRamp(pl.Callback):
         """
         if step >= end:
             return 1.0
-        return max(0.0, (step - start) / (end - start))
+        return 0.0 if step <= start else (step - start) / (end - start)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known = set(pl_module.objective.terms)
