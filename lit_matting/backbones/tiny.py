@@ -47,13 +47,13 @@ class TinyDiffusion(DiffusionBackbone):
         block_channels: tuple[int, ...] = (32, 64),
         attention_levels: tuple[int, ...] = (1,),
         layers_per_block: int = 1,
-        head_channels: int = 32,
+        head_channels: int = 16,
         stem_channels: int = 32,
         text_channels: int = 64,
         max_tokens: int = 12,
         gradient_checkpointing: bool = False,
         film: bool = True,
-        middle: bool = False,
+        middle: bool = True,
     ) -> None:
         attends = [level in attention_levels for level in range(len(block_channels))]
         unet = UNet2DConditionModel(
