@@ -18,7 +18,7 @@ import torch.distributed as dist
 from callbacks.sample_pictures import SamplePicture, SamplePictures, nearest, page
 from lit_matting.checks import InputError
 from lit_matting.metrics.protocol import Observed, Protocol, deviations, load_protocol
-from lit_matting.metrics.referring import ReferringSample, ReferringScore, score_card
+from lit_matting.metrics.referring import ReferringScore
 from lit_matting.metrics.report import (
     environment,
     file_digest,
@@ -30,6 +30,7 @@ from lit_matting.metrics.report import (
     to_json,
     write_atomic,
 )
+from lit_matting.metrics.score_card import ReferringSample, score_card
 from lit_matting.records import MattingBatch
 
 log = logging.getLogger(__name__)

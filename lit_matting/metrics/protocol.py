@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from lit_matting.checks import InputError
-from lit_matting.metrics.referring import ReferringSample
+from lit_matting.metrics.score_card import ReferringSample
 
 FOLDER = Path(__file__).parent / "protocols"
 LOCKED = {

@@ -14,37 +14,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_matting.checks import check_range, check_shape
 from lit_matting.metrics import functional
+from lit_matting.metrics.score_card import METHODS, QUALITIES, Average, ReferringSample, score_card
 from lit_matting.targets import scaled_kernel, trimap_from_alpha
 
-METHODS = ("prediction", "all_zero", "perfect_all", "perfect_random")
-"""The prediction, and the three baselines computed from the truth alone."""
-QUALITIES = ("soft_iou", "sad", "mse", "mae", "band_mae", "grad", "conn")
-"""What is averaged over all samples, over the found and over the missed ones."""
 STRICT_OVERLAP = 0.5
 """Soft IoU with the referred instance above which a sample counts as strictly found."""
 ALONE_OVERLAP = 0.1
 """Soft IoU above which the only instance of an image counts as found: there is no rival to overlap less."""
-SIZES = (("small", 0.05), ("medium", 0.2), ("large", math.inf))
-"""Size classes by the share of the image that the referred alpha covers, each up to its bound."""
-
 TIE = 1e-9
-
-Average: TypeAlias = Literal["phrase", "instance"]
+REMEMBERED = 8
+"""Instances whose baselines and band are kept for their next phrase."""
 
 
 def soft_iou(first: Tensor, second: Tensor) -> Tensor:
@@ -95,48 +86,17 @@ def is_found(overlaps: Tensor, instance: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ReferringSample:
-    """What is kept of one image and phrase."""
+class _Known:
+    """What is known of an instance without any prediction."""
 
-    key: str
-    """Names the image; the same for all its phrases."""
-    prompt: str
-    kind: str
-    category: str
-    instance: int
-    """Which instance of the image the phrase refers to."""
-    instances: int
-    """How many instances the image has."""
-    coverage: float
-    """Share of the image that the referred alpha covers, in [0, 1]."""
-    values: NDArray[np.float64]
-    """(methods, 2 + 2 x qualities): found, strict, each quality, each quality times found; NaN where undefined."""
-
-    @property
-    def size(self) -> str:
-        """Size class of the referred instance."""
-        return next(name for name, bound in SIZES if self.coverage <= bound)
-
-    def quality(self, name: str, method: str = "prediction") -> float:
-        """Return one of ``QUALITIES``, or "found" or "strict"."""
-        return float(self.values[METHODS.index(method), ("found", "strict", *QUALITIES).index(name)])
-
-    def row(self) -> dict[str, str | int | float]:
-        """Return the sample as one flat row of a table, the prediction's values only."""
-        row: dict[str, str | int | float] = {
-            "key": self.key,
-            "instance": self.instance,
-            "prompt": self.prompt,
-            "kind": self.kind,
-            "category": self.category,
-            "instances": self.instances,
-            "size": self.size,
-            "coverage": self.coverage,
-            "found": int(self.quality("found")),
-            "strict": int(self.quality("strict")),
-        }
-        row.update({name: self.quality(name) for name in QUALITIES if not math.isnan(self.quality(name))})
-        return row
+    truths: Tensor
+    """(K, H, W)."""
+    boundary: bool
+    """Whether the baselines have their gradient and connectivity errors."""
+    band: Tensor
+    """(H, W) bool: the unknown band of the instance."""
+    baselines: Tensor
+    """(baselines, columns), on the CPU."""
 
 
 class ReferringScore(Metric):
@@ -177,6 +137,7 @@ class ReferringScore(Metric):
         self.boundary = boundary
         self.methods = METHODS if baselines else METHODS[:1]
         self.average = average
+        self._known: dict[tuple[str, int], _Known] = {}
         self.latest: tuple[Tensor, ...] = ()
         """The mattes (H, W) of the last update, on their device: for callbacks that want to show some."""
         self.add_state("values", default=[], dist_reduce_fx=None)
@@ -223,19 +184,41 @@ class ReferringScore(Metric):
             )
             coverage = float(truths[index].double().mean())
             text = json.dumps([key, prompt, kind, category, index, count, coverage], ensure_ascii=False)
-            self.values.append(self._measure(matte, truths, index))
+            self.values.append(self._measure(matte, truths, key, index))
             self.texts.append(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
 
-    def _measure(self, matte: Tensor, truths: Tensor, index: int) -> Tensor:
+    def _measure(self, matte: Tensor, truths: Tensor, key: str, index: int) -> Tensor:
         """Return the (methods, columns) values of one sample."""
+        known = self._known_about(truths, key, index)
         truths = truths.to(matte.device, torch.float32)
-        mattes = matte.float()[None]
+        rows = self._rows(matte.float()[None], truths, index, known.band.to(matte.device))
+        return torch.cat([rows, known.baselines])
+
+    def _known_about(self, truths: Tensor, key: str, index: int) -> _Known:
+        """Return what needs no prediction; all phrases of an instance share it, and mostly come one after the other."""
+        known = self._known.get((key, index))
+        if known is not None and known.boundary == self.boundary and _same(known.truths, truths):
+            return known
+        whole = truths.float()
+        target = whole[index]
+        band = trimap_from_alpha(target[None, None], scaled_kernel(max(target.shape)))[0, 0] == 0.5
+        baselines = torch.zeros(0, 2 + 2 * len(QUALITIES), dtype=torch.float64)
         if len(self.methods) > 1:
-            everything = 1 - reduce(torch.mul, 1 - truths)
-            mattes = torch.stack([mattes[0], torch.zeros_like(everything), everything, *truths])
+            everything = 1 - reduce(torch.mul, 1 - whole)
+            mattes = torch.stack([torch.zeros_like(everything), everything, *whole])
+            rows = self._rows(mattes, whole, index, band)
+            # the blind choice: the mean over the perfect mattes of each instance is its exact expectation
+            baselines = torch.cat([rows[:2], rows[2:].mean(0, keepdim=True)])
+        known = _Known(truths, self.boundary, band, baselines)
+        while len(self._known) >= REMEMBERED:
+            del self._known[next(iter(self._known))]
+        self._known[key, index] = known
+        return known
+
+    def _rows(self, mattes: Tensor, truths: Tensor, index: int, band: Tensor) -> Tensor:
+        """Return the values of mattes (M, H, W) against one instance, (M, columns)."""
         target = truths[index]
         overlaps = soft_iou(mattes, truths)
-        trimap = trimap_from_alpha(target[None, None], scaled_kernel(max(target.shape)))[0, 0]
         difference = (mattes - target).abs()
         absolute = _sum(difference)
         area = target.numel()
@@ -245,20 +228,16 @@ class ReferringScore(Metric):
             "mse": _sum(difference.square()) / area,
             "mae": absolute / area,
             # the mean over no pixels is NaN, which the averages leave out
-            "band_mae": difference[:, trimap == 0.5].double().mean(1),
+            "band_mae": difference[:, band].double().mean(1),
         }
         for name in ("grad", "conn"):
             error: Callable[..., float] = getattr(functional, name)
             scores = [error(one, target) for one in mattes] if self.boundary else [math.nan] * len(mattes)
             columns[name] = torch.tensor(scores, dtype=torch.float64, device=mattes.device)
         found = is_found(overlaps, index).double()
-        qualities = torch.stack([columns[name] for name in QUALITIES], dim=1)
         strict = (overlaps[:, index] > STRICT_OVERLAP).double()
-        rows = torch.cat([found[:, None], strict[:, None], qualities, qualities * found[:, None]], dim=1)
-        if len(self.methods) > 1:
-            # the blind choice: the mean over the perfect mattes of each instance is its exact expectation
-            rows = torch.cat([rows[:3], rows[3:].mean(0, keepdim=True)])
-        return rows.cpu()
+        qualities = torch.stack([columns[name] for name in QUALITIES], dim=1)
+        return torch.cat([found[:, None], strict[:, None], qualities, qualities * found[:, None]], dim=1).cpu()
 
     def newest(self) -> list[ReferringSample]:
         """Return the samples of the last update, in its order."""
@@ -269,6 +248,7 @@ class ReferringScore(Metric):
         """Forget every sample."""
         super().reset()
         self.latest = ()
+        self._known.clear()
 
     def gather(self) -> list[ReferringSample]:
         """Return the samples of all processes, in an order that does not depend on how they were shared out.
@@ -289,97 +269,10 @@ class ReferringScore(Metric):
         return score_card(self.gather(), self.average)
 
 
+def _same(first: Tensor, second: Tensor) -> bool:
+    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    return alike and torch.equal(first, second)
+
+
 def _sample(text: Tensor, value: Tensor) -> ReferringSample:
     return ReferringSample(*json.loads(text.cpu().numpy().tobytes()), values=value.cpu().numpy())
-
-
-def score_card(samples: Sequence[ReferringSample], average: Average = "phrase") -> dict[str, Any]:
-    """Return the score card of samples.
-
-    It has the tables ``overall``, and by name ``kinds``, ``categories``, ``sizes``, ``datasets``; and all of them again
-    for each of the ``baselines``. Every table has the same entries; see :class:`ReferringScore`. A rate without any
-    sample to count is NaN.
-    """
-
-    def tables(row: int) -> dict[str, Any]:
-        def by(value: Callable[[ReferringSample], str], order: Iterable[str] | None = None) -> dict[str, Any]:
-            present = {value(sample) for sample in samples}
-            names = sorted(present) if order is None else [name for name in order if name in present]
-            groups = {name: [sample for sample in samples if value(sample) == name] for name in names if name}
-            return {name: _table(group, row, average) for name, group in groups.items()}
-
-        return {
-            "overall": _table(samples, row, average),
-            "kinds": by(lambda sample: sample.kind),
-            "categories": by(lambda sample: sample.category),
-            "sizes": by(lambda sample: sample.size, [name for name, _ in SIZES]),
-            "datasets": by(lambda sample: sample.key.split("/")[0]),
-        }
-
-    methods = METHODS[: min((len(sample.values) for sample in samples), default=1)]
-    card = tables(0)
-    card["baselines"] = {name: tables(row) for row, name in enumerate(methods) if row}
-    return card
-
-
-def _table(samples: Sequence[ReferringSample], row: int, average: Average) -> dict[str, Any]:
-    """Return one table of rates and means for one method."""
-    values = np.array([sample.values[row] for sample in samples]).reshape(len(samples), 2 + 2 * len(QUALITIES))
-    found, strict = values[:, 0], values[:, 1]
-    quality, quality_found = np.split(values[:, 2:], 2, axis=1)
-    weight = np.ones(len(samples))
-    if average == "instance":
-        names = [(sample.key, sample.instance) for sample in samples]
-        phrases = Counter(names)
-        weight = np.array([1 / phrases[name] for name in names])
-    ambiguous = weight * np.array([sample.instances > 1 for sample in samples], dtype=float)
-
-    def mean(value: NDArray[np.float64], share: NDArray[np.float64]) -> float:
-        defined = ~np.isnan(value)
-        total = share[defined].sum()
-        return float((share * value)[defined].sum() / total) if total > 0 else math.nan
-
-    def split(share: NDArray[np.float64], numerator: NDArray[np.float64]) -> dict[str, float]:
-        result = {"count": float(share.sum())}
-        for column, name in enumerate(QUALITIES):
-            defined = ~np.isnan(quality[:, column])
-            total = (weight * share)[defined].sum()
-            if defined.any():
-                result[name] = float((weight * numerator[:, column])[defined].sum() / total) if total > 0 else math.nan
-        return result
-
-    pairs, swapped = _swaps(samples, found)
-    _, strictly_swapped = _swaps(samples, strict)
-    table: dict[str, Any] = {
-        "count": len(samples),
-        "ambiguous": int((ambiguous > 0).sum()),
-        "pairs": pairs,
-        "found_rate": mean(found, weight),
-        "grounding_accuracy": mean(found, ambiguous),
-        "strict_accuracy": mean(strict, weight),
-        "swap_accuracy": swapped / pairs if pairs else math.nan,
-        "strict_swap_accuracy": strictly_swapped / pairs if pairs else math.nan,
-    }
-    for column, name in enumerate(QUALITIES):
-        if not np.isnan(quality[:, column]).all():
-            table[name] = mean(quality[:, column], weight)
-    table["found"] = split(found, quality_found)
-    table["missed"] = split(1 - found, quality - quality_found)
-    return table
-
-
-def _swaps(samples: Sequence[ReferringSample], right: NDArray[np.float64]) -> tuple[int, float]:
-    """Return the number of pairs of phrases for different instances of one image, and how many are right in both.
-
-    Over pairs (i, j) of different instances, ``sum r_i r_j`` is half of ``(sum r)^2 - sum over instances (sum r)^2``.
-    """
-    images: dict[str, dict[int, list[float]]] = {}
-    for sample, value in zip(samples, right):
-        images.setdefault(sample.key, {}).setdefault(sample.instance, []).append(float(value))
-    pairs, both = 0, 0.0
-    for instances in images.values():
-        sizes = [len(values) for values in instances.values()]
-        sums = [sum(values) for values in instances.values()]
-        pairs += (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
-        both += (sum(sums) ** 2 - sum(value**2 for value in sums)) / 2
-    return pairs, both

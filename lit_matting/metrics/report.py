@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_matting.metrics.referring import ReferringSample
+from lit_matting.metrics.score_card import ReferringSample
 from lit_matting.version import VERSION
 
 PACKAGES = (
@@ -134,7 +134,7 @@ def overview_table(cards: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the main table: every score's overall row, and under them the baselines of the first.
 
     Args:
-        cards: :func:`lit_matting.metrics.referring.score_card` by the name of what was scored; the first is the final
+        cards: :func:`lit_matting.metrics.score_card.score_card` by the name of what was scored; the first is the final
             matte.
     """
     first = next(iter(cards.values()))

@@ -9,7 +9,7 @@ import yaml
 from lit_matting.checks import InputError
 from lit_matting.metrics import protocol as protocols
 from lit_matting.metrics.protocol import FOLDER, LOCKED, Observed, deviations, digest, load_protocol
-from lit_matting.metrics.referring import ReferringSample
+from lit_matting.metrics.score_card import ReferringSample
 
 
 def samples(images: int, instances: int, phrases: int) -> list[ReferringSample]:

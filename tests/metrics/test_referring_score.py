@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lit_matting.metrics import functional
-from lit_matting.metrics.referring import ReferringScore, is_found, score_card, soft_iou
+from lit_matting.metrics.referring import ReferringScore, is_found, soft_iou
+from lit_matting.metrics.score_card import score_card
 from lit_matting.targets import scaled_kernel, trimap_from_alpha
 
 
@@ -204,6 +205,19 @@ def test_the_order_and_the_batching_of_samples_do_not_matter() -> None:
     score.update(mattes, truths, torch.tensor(instance), keys, [f"thing {index}" for index in instance], kinds)
     assert repr(score.compute()) == repr(expected)
     assert repr(pickle.loads(pickle.dumps(score)).compute()) == repr(expected)
+
+
+def test_what_is_remembered_of_an_instance_is_not_mistaken_for_another() -> None:
+    """The second image has the first one's key, but other things in it."""
+    first, second = scene(), scene().flip(1)
+    samples = [(first[0], first, 0, "a", "x"), (second[1] * 0.5, second, 0, "a", "y"), (first[0], first, 0, "a", "z")]
+    together = ReferringScore(boundary=True)
+    for matte, truths, instance, key, kind in samples:
+        together.update([matte], [truths], [instance], [key], ["p"], [kind])
+        (newest,) = together.newest()
+        alone = ReferringScore(boundary=True)
+        alone.update([matte], [truths], [instance], [key], ["p"], [kind])
+        assert (newest.values == alone.newest()[0].values).all()
 
 
 def test_an_empty_card_counts_nothing() -> None:
