@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -88,6 +89,45 @@ def test_the_p3m_gradient_is_a_unit_sum_gaussian_in_tens() -> None:
     # the smaller kernel and the smaller divisor nearly cancel: close enough to be mistaken for the definition
     assert functional.grad(pred, alpha) == pytest.approx(expected, rel=0.1)
     assert functional.grad(pred, alpha) != pytest.approx(expected, rel=0.01)
+
+
+def test_zero_padding_would_invent_an_edge_along_the_image_border() -> None:
+    """Two constant mattes have no gradient anywhere; with zeros around them they have one, and it differs."""
+    pred, alpha = np.full((30, 30), 1.0), np.full((30, 30), 0.5)
+    assert functional.grad(pred, alpha, normalize="none") == pytest.approx(0, abs=1e-25)
+    padded = functional.grad(np.pad(pred, 8), np.pad(alpha, 8), normalize="none")
+    assert padded > 0.01
+
+
+def test_mirroring_and_replicating_the_border_differ() -> None:
+    ramp = np.linspace(0, 1, 40)[None].repeat(40, 0)
+    inside = np.zeros((40, 40), bool)
+    inside[:, :4] = True
+    mirrored = functional.grad(ramp, 0 * ramp, inside, dialect="p3m")
+    replicated = functional.grad(ramp, 0 * ramp, inside, normalize="none")
+    centre = np.zeros((40, 40), bool)
+    centre[:, 18:22] = True
+    scale = functional.grad(ramp, 0 * ramp, centre, dialect="p3m") / functional.grad(
+        ramp, 0 * ramp, centre, normalize="none"
+    )
+    assert mirrored / replicated != pytest.approx(scale, rel=0.05)
+
+
+def test_the_region_trimap_above_zero_takes_the_foreground_in() -> None:
+    alpha = object_at(10, 10, 20)
+    trimap = alpha.copy()
+    trimap[8:12, 8:32] = 128
+    pred = alpha.copy()
+    pred[20:25, 20:25] = 0
+    assert functional.sad(pred, alpha, trimap == 128) == 0
+    assert functional.sad(pred, alpha, trimap > 0) == pytest.approx(0.025)
+
+
+def test_a_truth_that_went_through_another_size_is_another_truth() -> None:
+    rng = np.random.default_rng(1)
+    alpha = cv2.GaussianBlur((rng.random((60, 60)) < 0.5).astype(np.uint8) * 255, (0, 0), 0.8)
+    back = cv2.resize(cv2.resize(alpha, (90, 90)), (60, 60))
+    assert functional.sad(alpha, back) > 0.01
 
 
 def test_an_unknown_dialect_is_named() -> None:
