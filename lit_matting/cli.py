@@ -147,12 +147,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Silence advice that does not apply: loaders are fed by one tar stream on purpose, and sharding is our own."""
+    """Silence advice that does not apply: one tar stream feeds the loaders, frozen parts are in eval mode."""
     for text in (
         ".*does not have many workers.*",
         ".*`IterableDataset` has `__len__`.*",
         ".*isinstance.treespec.*",
         ".*LightningCLI's args parameter.*",
+        ".*in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", text)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -279,7 +278,7 @@ class LitMatting(pl.LightningModule):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise InputError(f"`model.initial_weights`: there is no file {path!r}.") from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+        except Exception as error:  # whatever a file of another kind makes the unpickler stumble over
             raise InputError(f"`model.initial_weights`: {path!r} is no checkpoint that torch can read.") from error
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise InputError(f"`model.initial_weights`: {path!r} holds no `state_dict`; give a checkpoint of a run.")
