@@ -27,5 +27,6 @@ def fresh(*shape: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu" or size < _HUGE_BYTES:
         return like.new_empty(shape)
     store = torch.from_numpy(np.empty(size + _ALIGNMENT, dtype=np.uint8))
-    start = -store.data_ptr() % _ALIGNMENT
-    return store[start : start + size].view(like.dtype).view(shape)
+    start = -store.data_ptr() % _ALIGNMENT // like.element_size()
+    # not as a view: autograd forbids to change in place the view that a custom function returns
+    return like.new_empty(0).set_(store.untyped_storage(), start, shape)

@@ -141,10 +141,13 @@ def _apply(
         _multiply_first(rows, weight, bias, reads, result)
         return result
     product = _Product(weight[:, :, list(reads.columns or ())].permute(2, 1, 0).flatten(0, 1), bias)
-    for chunk, gathered in _gather(rows, reads):
-        product.into(result[chunk], gathered)
-        if total is not None and partner is not None:
-            _accumulate(total, gathered, partner[chunk])
+    size = _chunk_rows(rows, reads)
+    results = result.split(size)
+    partners = None if partner is None else partner.split(size)
+    for number, gathered in _gather(rows, reads, size):
+        product.into(results[number], gathered)
+        if total is not None and partners is not None:
+            _accumulate(total, gathered, partners[number])
     return result
 
 
@@ -178,30 +181,41 @@ class _Product:
         return result if self.bias is None else result.add_(self.bias)
 
 
-def _gather(rows: Tensor, reads: Reads) -> Iterator[tuple[slice, Tensor]]:
-    """For a few outputs at a time, all rows that each of them reads, side by side: (outputs, width * I).
+def _chunk_rows(rows: Tensor, reads: Reads) -> int:
+    """Outputs whose reads are gathered at a time: a power of two that the buffer holds, or a whole block."""
+    budget = _BUFFER_BYTES if rows.device.type == "cpu" else _DEVICE_BUFFER_BYTES
+    fitting = budget // (reads.table.shape[1] * rows.shape[1] * rows.element_size())
+    size = min(max(1 << max(fitting, 1).bit_length() - 1, _ROW_MULTIPLE), reads.block)
+    return size if len(reads.taken) < 2 or reads.block % size == 0 else reads.block
 
-    One buffer, filled again for the next ones.
+
+def _gather(rows: Tensor, reads: Reads, size: int) -> Iterator[tuple[int, Tensor]]:
+    """For `size` outputs at a time, all rows that each of them reads, side by side: number, (size, width * I).
+
+    One buffer, filled again for the next ones. Everything that can be prepared is, because a few microseconds for each
+    of hundreds of chunks would add a tenth to the time.
     """
     channels = rows.shape[1]
     width = reads.table.shape[1]
-    budget = _BUFFER_BYTES if rows.device.type == "cpu" else _DEVICE_BUFFER_BYTES
-    fitting = budget // (width * channels * rows.element_size()) // _ROW_MULTIPLE * _ROW_MULTIPLE
-    size = min(max(fitting, _ROW_MULTIPLE), reads.block)
+    tables = reads.table.view(-1).split(size * width)
     buffer = rows.new_empty(size * width, channels)
+    side_by_side = buffer.view(size, width * channels)
     window = rows.new_empty(reads.capacity + 1, channels)
     window[reads.capacity] = 0
-    taken = 0
-    for number, needed in enumerate(reads.taken):
+    taken = number = 0
+    for end, needed in enumerate(reads.taken, start=1):
         for part, places in _blocks(rows, reads, taken, needed):
             window[places] = part
         taken = needed
-        end = min((number + 1) * reads.block, reads.outputs)
-        for start in range(number * reads.block, end, size):
-            chunk = slice(start, min(start + size, end))
-            gathered = buffer[: (chunk.stop - start) * width]
-            torch.index_select(window, 0, reads.table[chunk].view(-1), out=gathered)
-            yield chunk, gathered.view(-1, width * channels)
+        while number < len(tables) and number * size < end * reads.block:
+            table = tables[number]
+            if len(table) == len(buffer):
+                torch.index_select(window, 0, table, out=buffer)
+                yield number, side_by_side
+            else:
+                torch.index_select(window, 0, table, out=buffer[: len(table)])
+                yield number, side_by_side[: len(table) // width]
+            number += 1
 
 
 def _blocks(rows: Tensor, reads: Reads, taken: int, needed: int) -> Iterator[tuple[Tensor, slice]]:
@@ -257,8 +271,10 @@ def _zero_total(reads: Reads, rows: Tensor, partner: Tensor) -> Tensor:
 def _correlate(rows: Tensor, partner: Tensor, reads: Reads) -> Tensor:
     """Sum over outputs p of ``gathered[p]`` times ``partner[p]``, (width * I, P)."""
     total = _zero_total(reads, rows, partner)
-    for chunk, gathered in _gather(rows, reads):
-        _accumulate(total, gathered, partner[chunk])
+    size = _chunk_rows(rows, reads)
+    partners = partner.split(size)
+    for number, gathered in _gather(rows, reads, size):
+        _accumulate(total, gathered, partners[number])
     return total
 
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_matting.sparse import ActiveSet, InverseConv2d, SparseConv2d, SubmanifoldConv2d, rulebook, torch_ops
+from lit_matting.sparse import (
+    ActiveSet,
+    InverseConv2d,
+    SparseConv2d,
+    SubmanifoldConv2d,
+    gather,
+    rulebook,
+    scatter,
+    torch_ops,
+)
 
 SHAPES = [(1, 1, 1), (1, 1, 7), (2, 5, 1), (1, 2, 2), (3, 9, 12), (2, 40, 33)]
 FRACTIONS = [0.0, 0.05, 0.5, 1.0]
@@ -234,6 +243,19 @@ def test_autocast_changes_neither_values_nor_gradients() -> None:
             result = up(down(layer(features, active), active), active)
             found.append([result, *torch.autograd.grad(result.sum(), [features, layer.weight, down.weight])])
     assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_large_results_can_be_changed_in_place_and_still_give_gradients() -> None:
+    # large results come from another allocator
+    active = ActiveSet.from_mask(torch.ones(1, 210, 210, dtype=torch.bool))
+    layer = SubmanifoldConv2d(2, 32)
+    image = torch.randn(1, 2, 210, 210, requires_grad=True)
+    result = scatter(layer(gather(image, active), active).relu_(), active).mul_(2)
+    dense = 2 * F.conv2d(image, layer.weight, layer.bias, padding=1).relu()
+    torch.testing.assert_close(result, dense, rtol=1e-5, atol=1e-5)
+    wanted = [image, layer.weight]
+    for one, other in zip(torch.autograd.grad(result.mean(), wanted), torch.autograd.grad(dense.mean(), wanted)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_state_dict_holds_plain_convolution_weights_and_moves_between_backends() -> None:
