@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_matting.checks import InputError
 from lit_matting.records import _TensorRecord
 
 
@@ -86,10 +87,10 @@ class Backbone(nn.Module, ABC):
         return self.decode(self.encode_image(image), self.encode_text(phrases))
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ``ValueError`` unless both sides, in pixels, suit the backbone."""
+        """Raise ``InputError`` unless both sides, in pixels, suit the backbone."""
         if height % self.size_multiple or width % self.size_multiple:
             near = max(self.size_multiple, round(width / self.size_multiple) * self.size_multiple)
-            raise ValueError(
+            raise InputError(
                 f"`data.image_size` must be a multiple of {self.size_multiple} for {type(self).__name__}, got"
                 f" {width} x {height} (try {near})."
             )
