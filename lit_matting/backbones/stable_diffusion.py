@@ -20,6 +20,7 @@ from lit_matting.backbones.attention import AttentionStore, record_cross_attenti
 from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
 from lit_matting.backbones.image import DTYPES, ImageEncoder, Precision, VAEEncoder
 from lit_matting.backbones.loading import load_parts
+from lit_matting.backbones.pruning import Pruning, block_map, prune
 from lit_matting.backbones.text import MAX_TOKENS, CLIPEncoder, TextAdapter, TextEncoder
 from lit_matting.checks import InputError
 
@@ -181,6 +182,7 @@ class StableDiffusion(DiffusionBackbone):
         unet_precision: Of the UNet's weights. ``fp32`` for training with AdamW, under autocast; ``bf16`` halves the
             memory for inference, or for plain SGD.
         frozen_precision: Of the autoencoder's and the text encoder's weights and arithmetic.
+        pruning: Leave blocks of the UNet out: a student, initialised from the weights it was given.
         cached_phrases: Phrases whose text features are remembered.
     """
 
@@ -201,6 +203,7 @@ class StableDiffusion(DiffusionBackbone):
         gradient_checkpointing: bool = False,
         unet_precision: Precision = "fp32",
         frozen_precision: Precision = "fp32",
+        pruning: Pruning | None = None,
         cached_phrases: int = 1024,
     ) -> None:
         parts = load_parts(
@@ -229,7 +232,7 @@ class StableDiffusion(DiffusionBackbone):
                 precision=frozen_precision,
                 cache_size=cached_phrases,
             ),
-            unet=parts.unet,
+            unet=parts.unet if pruning is None else prune(parts.unet, pruning),
             adapt_text=adapt_text,
             mask_padding=mask_padding,
             gradient_checkpointing=gradient_checkpointing,
@@ -237,6 +240,9 @@ class StableDiffusion(DiffusionBackbone):
         )
         self.pretrained = pretrained
         self.architecture = architecture
+        self.pruning = pruning
+        self.teacher_blocks = None if pruning is None else block_map(parts.unet.config, pruning)
+        """Of a student: its modules -> the teacher's; see :func:`~lit_matting.backbones.pruning.mapped`."""
 
     @property
     def name(self) -> str:

@@ -13,7 +13,8 @@ from lit_matting.backbones.architecture import known_architectures
 from lit_matting.backbones.weights import NAMED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "backbone"
-STABLE_DIFFUSION = ["sd15", "sd21", "sd21_base", "sd_turbo"]
+STUDENTS = ["sd21_student_base", "sd21_student_small", "sd21_student_tiny_mid", "sd21_student_tiny"]
+STABLE_DIFFUSION = ["sd15", "sd21", "sd21_base", "sd_turbo", *STUDENTS]
 
 
 def parse(*arguments: str) -> tuple[ArgumentParser, object]:
@@ -40,6 +41,7 @@ def test_stable_diffusion_builds_from_a_folder_given_on_the_command_line(name: s
     assert isinstance(backbone, StableDiffusion)
     assert backbone.max_tokens == 40
     assert backbone.unet.is_gradient_checkpointing
+    assert (backbone.pruning is not None) == (name in STUDENTS)
     # sd15 pads with the end token, which is the last of the vocabulary; the others with id 0
     assert backbone.text_encoder.words.pad == (519 if name == "sd15" else 0)
 
