@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_modules.decode import decode_sample
 from data_modules.shard_reader import RawSample, ShardIndex
+from data_modules.source import read_captions
 from data_modules.stream import as_is, one_thread
 from data_modules.transforms import full_view, mattes, pictures, show, show_target
 from lit_matting.checks import InputError
@@ -30,6 +31,7 @@ class BenchmarkSource:
         phrases_per_instance: Take so many phrases of each instance at most, always the same; null takes all.
         phrase_kinds: Take only phrases of these kinds; null takes all.
         templates: Phrases for instances that have none, with `{category}` where the category belongs.
+        captions: Further phrases beside the shards, as JSON lines `{"key", "instance", "text", "kind"}`.
         attach_instances: Whether batches carry the alphas of all instances of the image, by which found and missed are
             told apart.
     """
@@ -43,6 +45,7 @@ class BenchmarkSource:
         phrases_per_instance: int | None = None,
         phrase_kinds: list[str] | None = None,
         templates: list[str] | None = None,
+        captions: str | list[str] | None = None,
         attach_instances: bool = True,
     ) -> None:
         if isinstance(image_size, str) and image_size != "input":
@@ -57,6 +60,7 @@ class BenchmarkSource:
         self.max_phrases, self.phrases_per_instance = max_phrases, phrases_per_instance
         self.phrase_kinds = frozenset(phrase_kinds) if phrase_kinds is not None else None
         self.templates = tuple(templates or ())
+        self.captions = [captions] if isinstance(captions, str) else list(captions or [])
         self.attach_instances = attach_instances
 
 
@@ -117,9 +121,12 @@ class BenchmarkLoader:
 def list_questions(source: BenchmarkSource, index: ShardIndex) -> list[Question]:
     """Return the questions of a benchmark in the order of its shards."""
     by_sample: list[list[Question]] = []
+    captions = read_captions(source.captions)
     for sample in range(len(index)):
         questions: list[Question] = []
-        for number, instance in enumerate(index.read_header(sample).instances):
+        header = index.read_header(sample)
+        header.add_phrases(captions)
+        for number, instance in enumerate(header.instances):
             phrases = [
                 (p.text, p.kind)
                 for p in instance.phrases

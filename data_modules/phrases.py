@@ -15,8 +15,11 @@ from lit_matting.checks import InputError
 TEMPLATE = "template"
 """The kind of phrases made from templates."""
 _WORD = re.compile(r"[a-z]+")
-_SIDES = "left right lefthand righthand leftmost rightmost leftward rightward clockwise oclock"
-_PLACES = """top bottom upper lower middle center centre central corner edge topmost bottommost uppermost lowermost"""
+# people who describe photographs in a hurry write lft, rt and r (RefCOCO)
+_SIDES = """left right lefthand righthand leftmost rightmost leftward rightward leftside rightside leftest rightest
+lft lt l rght rite rt r east west clock clockwise"""
+_PLACES = """top bottom upper lower middle center centre central corner edge topmost bottommost uppermost lowermost bot
+btm mid"""
 _COLOURS = """
 red orange yellow green blue purple violet pink brown black white grey gray cyan magenta teal turquoise beige
 tan maroon crimson scarlet gold golden silver silvery olive lime navy indigo lavender lilac coral salmon peach

@@ -106,6 +106,9 @@ def test_templates_ask_for_what_has_no_phrases_and_nothing_to_ask_is_an_error(pi
     seen = _seen(_loaders(path, templates=["the {category}", "the foreground"]))
     assert sum(seen.values()) == 12
     assert {prompt for _, _, prompt in seen} == {"the stripe", "the foreground"}
+    captions = path.with_name("captions.jsonl")
+    captions.write_text('{"key": "000001", "instance": "i0", "text": "a caption"}\n')
+    assert _seen(_loaders(path, captions=str(captions))) == {("v/v-000000/000001", 0, "a caption"): 1}
 
 
 def test_unknown_size_is_refused() -> None:

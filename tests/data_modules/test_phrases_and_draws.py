@@ -110,6 +110,8 @@ def test_impossible_policies_are_refused(settings: dict, message: str) -> None:
         ("the red car, LEFTMOST", True, True, True),
         ("a bright thing", False, False, False),
         ("she left", True, True, False),
+        ("guy on r", True, True, False),
+        ("the cup at 3 o'clock", True, True, False),
         ("a greyish owl", False, False, True),
         ("redwood tree", False, False, False),
     ],

@@ -135,7 +135,7 @@ def _start(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(settings: dict[str, Any], timeout_s: float = 180) -> None:
+def finish(settings: dict[str, Any], timeout_s: float = 500) -> None:
     """Run in a process of its own until it ends well."""
     process = _start(settings)
     try:
@@ -146,7 +146,7 @@ def finish(settings: dict[str, Any], timeout_s: float = 180) -> None:
     assert code == 0, (Path(settings["folder"]) / "log.txt").read_text()[-3000:]
 
 
-def kill_after(settings: dict[str, Any], count: int, timeout_s: float = 120) -> None:
+def kill_after(settings: dict[str, Any], count: int, timeout_s: float = 500) -> None:
     """Start a run and kill all its processes once its journal has `count` lines."""
     process = _start(settings)
     journal, end = Path(settings["journal"]), time.monotonic() + timeout_s
