@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_matting.sparse.memory import fresh
 
-BLOCK_ROWS = 2048
+BLOCK_ROWS = 1024
 """Outputs computed, and inputs taken into the window, at a time on a CPU."""
 
 DEVICE_BLOCK_ROWS = 2**18

@@ -114,7 +114,8 @@ class _Pointwise(torch.autograd.Function):
 
 
 def _multiplies_first(reads: Reads, weight: Tensor) -> bool:
-    return reads.columns is None or 2 * weight.shape[0] <= weight.shape[1]
+    # measured: at half the channels both take the same time
+    return reads.columns is None or 4 * weight.shape[0] <= weight.shape[1]
 
 
 def _correlates_inputs(forward: Reads, backward: Reads, inputs: int, outputs: int) -> bool:
@@ -239,17 +240,18 @@ def _multiply_first(rows: Tensor, weight: Tensor, bias: Tensor | None, reads: Re
     bags = torch.arange(0, reads.block * width, width, dtype=torch.int32, device=rows.device)
     codes = torch.empty(reads.block, width, dtype=torch.int32, device=rows.device)
     taken = 0
-    for number, needed in enumerate(reads.taken):
+    for needed, table, out in zip(reads.taken, reads.table.split(reads.block), result.split(reads.block)):
         for part, places in _blocks(rows, reads, taken, needed):
             product.into(window[places], part)
         taken = needed
-        chunk = slice(number * reads.block, min((number + 1) * reads.block, reads.outputs))
-        table = reads.table[chunk]
         if reads.columns is not None:
             table = torch.add(column, table, alpha=width, out=codes[: len(table)])
         # the sum of the rows that each bag lists, without ever writing them side by side
         total = torch.embedding_bag(products, table.view(-1), bags[: len(table)], mode=0)[0]
-        result[chunk] = total if bias is None else total.add_(bias)
+        if bias is None:
+            out.copy_(total)
+        else:
+            torch.add(total, bias, out=out)
 
 
 def _apply_pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -125,11 +125,12 @@ def test_gradients_are_right_when_only_some_are_wanted(wants: tuple[bool, bool])
 
 
 def test_gradcheck_passes() -> None:
-    mask = torch.rand(2, 3, 3) < 0.6
+    mask = torch.rand(1, 3, 4) < 0.6
     active = ActiveSet.from_mask(mask)
-    for layer, _, coarse in layers():
+    for layer in (SubmanifoldConv2d(2, 3), SubmanifoldConv2d(4, 1), SparseConv2d(2, 3), InverseConv2d(3, 2)):
         layer = layer.double()
-        features = torch.randn(len(active.strided() if coarse else active), layer.in_channels, dtype=torch.float64)
+        rows = len(active.strided() if isinstance(layer, InverseConv2d) else active)
+        features = torch.randn(rows, layer.in_channels, dtype=torch.float64)
 
         def run(rows: Tensor, *parameters: Tensor, layer: nn.Module = layer) -> Tensor:
             names = [name for name, _ in layer.named_parameters()]
@@ -139,18 +140,20 @@ def test_gradcheck_passes() -> None:
         assert torch.autograd.gradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+# two threads on a busy machine wait for each other most of the time
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fifty_repetitions_give_the_same_bits(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        active = ActiveSet.from_mask(torch.rand(1, 120, 100) < 0.5)
-        down, up, same = SparseConv2d(8, 12), InverseConv2d(12, 32), SubmanifoldConv2d(32, 1)
+        # a little more than one block
+        active = ActiveSet.from_mask(torch.rand(1, 36, 36) < 0.9)
+        same, down, up = SubmanifoldConv2d(8, 24), SparseConv2d(24, 12), InverseConv2d(12, 1)
         features = torch.randn(len(active), 8, requires_grad=True)
         parameters = [features, *down.parameters(), *up.parameters(), *same.parameters()]
 
         def run() -> list[Tensor]:
-            result = same(up(down(features, active), active), active)
+            result = up(down(same(features, active), active), active)
             return [result.detach(), *torch.autograd.grad(result.square().sum(), parameters)]
 
         first = run()
