@@ -46,7 +46,7 @@ COLUMNS = {
     "sad": "SAD",
     "band_mae": "band MAE",
 }
-CELL = 176
+CELL = 128
 PICTURE_IMAGES = 4
 
 
@@ -150,15 +150,29 @@ def draw(checkpoint: Path, index: Path, path: Path) -> Path:
         image = Image.fromarray(decode_sample(sample, ()).image)
         for phrase, result in zip(phrases, pipeline(image, phrases)):
             rows.append(_row(image, phrase, result))
-        if len(rows) >= 2 * PICTURE_IMAGES:
+        if len(rows) == 2 * PICTURE_IMAGES:
             break
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    for place, row in enumerate(rows):
-        sheet.paste(row, (0, place * row.height))
+    # two scenes beside each other: a picture of eight rows would not fit on a first screen
+    head = _head()
+    sheet = Image.new("RGB", (2 * head.width + CELL // 4, head.height + rows[0].height * len(rows) // 2), "white")
+    for column in range(2):
+        left = column * (head.width + CELL // 4)
+        sheet.paste(head, (left, 0))
+        for place, row in enumerate(rows[column * len(rows) // 2 : (column + 1) * len(rows) // 2]):
+            sheet.paste(row, (left, head.height + place * row.height))
     temporary = path.with_suffix(".part.png")
     sheet.save(temporary)
     os.replace(temporary, path)
     return path
+
+
+def _head() -> Image.Image:
+    titles = ("image", "phrase", "trimap", "alpha", "cut-out")
+    head = Image.new("RGB", (len(titles) * (CELL + 4), 22), "white")
+    for place, title in enumerate(titles):
+        middle = place * (CELL + 4) + CELL / 2
+        ImageDraw.Draw(head).text((middle, 11), title, "black", ImageFont.load_default(13), anchor="mm")
+    return head
 
 
 def _row(image: Image.Image, phrase: str, result: Any) -> Image.Image:

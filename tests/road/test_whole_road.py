@@ -42,7 +42,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_leaves_a_checkpoint_and_a_loss_of_every_term(road: Path) -> None:
     assert (road / "outputs/demo/last.ckpt").is_file()
-    header = (road / "outputs/demo/logs/metrics.csv").read_text().splitlines()[0].split(",")
+    header = (road / "outputs/demo/logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"loss/stm", "loss/ctm", "loss/sg", "loss/alpha_lr", "loss/r", "loss/total"} <= set(header)
 
 
@@ -82,17 +82,16 @@ def test_predict_writes_one_alpha_per_image_at_its_own_size(road: Path) -> None:
     sizes = {"one": (90, 61), "two": (128, 200)}
     for name, size in sizes.items():
         Image.new("RGB", size, "teal").save(photos / f"{name}.jpg")
-    predict = ["--data.predict.class_path", "data_modules.FolderSource", "--data.predict.init_args.images", "photos"]
     python(
         road,
         *["-m", "lit_matting", "predict", "--config", "configs/experiment/demo.yaml"],
-        *["--ckpt_path", "outputs/demo/last.ckpt", "--data.init_args.predict.class_path", "data_modules.FolderSource"],
-        *["--data.init_args.predict.init_args.images", "photos", "--data.init_args.predict.init_args.phrases", "the red one"],
-        *["--trainer.callbacks+", "callbacks.PredictionWriter", "--trainer.callbacks.folder", "mattes"],
+        *["--ckpt_path", "outputs/demo/last.ckpt", "--data.init_args.predict", "data_modules.FolderSource"],
+        *["--data.init_args.predict.images", "photos", "--data.init_args.predict.phrases", "the red one"],
     )
-    del predict
-    written = {path.name.split(".")[0].split("_")[0]: Image.open(path).size for path in (road / "mattes").glob("*.png")}
-    assert {name.split("-")[0]: size for name, size in written.items()} == sizes
+    written = {path.name.split(".")[0]: Image.open(path) for path in (road / "outputs/demo/mattes").rglob("*.png")}
+    assert {name: (image.size, image.mode) for name, image in written.items()} == {
+        name: (size, "L") for name, size in sizes.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_predict_writes_one_alpha_per_image_at_its_own_size(road: Path) -> None:
         (["fit", "--config", "configs/experiment/demo.yaml", "--model.no_such_key", "1"], "no_such_key"),
         (["test", "--config", "configs/experiment/demo.yaml"], "--ckpt_path"),
         (["test", "--config", "configs/experiment/demo.yaml", "--ckpt_path", "gone.ckpt"], "gone.ckpt"),
-        (["fit", "--config", "configs/experiment/demo.yaml", "--data.image_size", "100"], "image_size"),
+        (["fit", "--config", "configs/experiment/demo.yaml", "--data.init_args.image_size", "100"], "image_size"),
         (["matte", "photo.png", "  ", "--checkpoint", "outputs/demo/last.ckpt", "-o", "x.png"], "no words"),
         (["matte", "gone.png", "the dog", "--checkpoint", "outputs/demo/last.ckpt", "-o", "x.png"], "gone.png"),
         (["fly"], "fly"),
