@@ -1,7 +1,16 @@
 """Backbones: (image, phrases) -> feature pyramid + cross-attention maps."""
 
 from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
+from lit_matting.backbones.compact import Compact
 from lit_matting.backbones.stable_diffusion import DiffusionBackbone, StableDiffusion
 from lit_matting.backbones.tiny import TinyDiffusion
 
-__all__ = ["Backbone", "BackboneOutput", "DiffusionBackbone", "StableDiffusion", "TextFeatures", "TinyDiffusion"]
+__all__ = [
+    "Backbone",
+    "BackboneOutput",
+    "Compact",
+    "DiffusionBackbone",
+    "StableDiffusion",
+    "TextFeatures",
+    "TinyDiffusion",
+]

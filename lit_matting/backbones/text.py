@@ -218,7 +218,59 @@ class PhraseCache:
         self._known.clear()
 
 
-class CLIPEncoder(TextEncoder):
+class FrozenTextEncoder(TextEncoder):
+    """Base of loaded text encoders: remembers what it has encoded, counts what it had to cut.
+
+    Args:
+        cache_size: Phrases whose features are remembered.
+    """
+
+    frozen = True
+
+    def __init__(self, cache_size: int) -> None:
+        super().__init__()
+        self.cache = PhraseCache(cache_size)
+        self.seen = 0
+        """Phrases encoded so far in this process, repetitions included."""
+        self.truncated = 0
+        """How many of them were longer than ``max_tokens``."""
+
+    @abstractmethod
+    def encode(self, phrases: list[str]) -> tuple[TextFeatures, Sequence[bool]]:
+        """Return the features of phrases, float32, and which of them did not fit. Called without gradients."""
+
+    def forward(self, phrases: Sequence[str]) -> TextFeatures:
+        """Return the features of phrases, float32, on the encoder's device.
+
+        Raises:
+            InputError: If a phrase has no words.
+        """
+        phrases = [check_prompt(phrase) for phrase in phrases]
+        features, cut = self.cache.look_up(phrases, self.encode)
+        self._count(phrases, cut)
+        return features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTextEncoder:
+        # moved to another device or precision: what is remembered no longer fits
+        self.cache.clear()
+        return super()._apply(fn, recurse)
+
+    def _count(self, phrases: Sequence[str], cut: Sequence[bool]) -> None:
+        for phrase, was_cut in zip(phrases, cut):
+            self.seen += 1
+            self.truncated += was_cut
+            # the 1st, 10th, 100th, ...: enough to see the rate, never a flood
+            if was_cut and math.log10(self.truncated).is_integer():
+                log.warning(
+                    "cut %r to %d tokens (`text_tokens`); %d of %d phrases so far were too long.",
+                    phrase,
+                    self.max_tokens,
+                    self.truncated,
+                    self.seen,
+                )
+
+
+class CLIPEncoder(FrozenTextEncoder):
     """A frozen CLIP text encoder: the last layer's normalised states, and the end token's as the phrase as a whole.
 
     Stable Diffusion 2 reads the penultimate of OpenCLIP's 24 layers; its published encoder simply has 23.
@@ -234,8 +286,6 @@ class CLIPEncoder(TextEncoder):
         cache_size: Phrases whose features are remembered, about 160 KB each at 40 tokens.
     """
 
-    frozen = True
-
     def __init__(
         self,
         model: CLIPTextModel,
@@ -246,7 +296,7 @@ class CLIPEncoder(TextEncoder):
         precision: Precision = "fp32",
         cache_size: int = 1024,
     ) -> None:
-        super().__init__()
+        super().__init__(cache_size)
         config = model.config
         if max_tokens > config.max_position_embeddings:
             raise InputError(
@@ -271,24 +321,8 @@ class CLIPEncoder(TextEncoder):
             pad_token = "!" if config.hidden_act == "gelu" else "<|endoftext|>"
         self.words = CLIPWords(vocabulary, max_tokens, pad_token)
         self.model = model.to(DTYPES[precision]).eval().requires_grad_(False)
-        self.cache = PhraseCache(cache_size)
-        self.seen = 0
-        """Phrases encoded so far in this process, repetitions included."""
-        self.truncated = 0
-        """How many of them were longer than ``max_tokens``."""
 
-    def forward(self, phrases: Sequence[str]) -> TextFeatures:
-        """Return the features of phrases, float32, on the encoder's device.
-
-        Raises:
-            InputError: If a phrase has no words.
-        """
-        phrases = [check_prompt(phrase) for phrase in phrases]
-        features, cut = self.cache.look_up(phrases, self._encode)
-        self._count(phrases, cut)
-        return features
-
-    def _encode(self, phrases: list[str]) -> tuple[TextFeatures, Sequence[bool]]:
+    def encode(self, phrases: list[str]) -> tuple[TextFeatures, Sequence[bool]]:
         words = self.words(phrases)
         device = next(self.model.parameters()).device
         ids, ends = words.ids.to(device), words.ends.to(device)
@@ -302,22 +336,3 @@ class CLIPEncoder(TextEncoder):
             pooled=states[torch.arange(len(ends), device=device), ends],
         )
         return features, words.cut
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIPEncoder:
-        # moved to another device or precision: what is remembered no longer fits
-        self.cache.clear()
-        return super()._apply(fn, recurse)
-
-    def _count(self, phrases: Sequence[str], cut: Sequence[bool]) -> None:
-        for phrase, was_cut in zip(phrases, cut):
-            self.seen += 1
-            self.truncated += was_cut
-            # the 1st, 10th, 100th, ...: enough to see the rate, never a flood
-            if was_cut and math.log10(self.truncated).is_integer():
-                log.warning(
-                    "cut %r to %d tokens (`text_tokens`); %d of %d phrases so far were too long.",
-                    phrase,
-                    self.max_tokens,
-                    self.truncated,
-                    self.seen,
-                )

@@ -8,9 +8,10 @@ import pytest
 from jsonargparse import ArgumentParser
 from tiny_models import save_tiny_pipeline
 
-from lit_matting.backbones import Backbone, StableDiffusion, TinyDiffusion
+from lit_matting.backbones import Backbone, Compact, StableDiffusion, TinyDiffusion
 from lit_matting.backbones.architecture import known_architectures
 from lit_matting.backbones.weights import NAMED
+from lit_matting.checks import InputError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "backbone"
 STUDENTS = ["sd21_student_base", "sd21_student_small", "sd21_student_tiny_mid", "sd21_student_tiny"]
@@ -26,6 +27,20 @@ def parse(*arguments: str) -> tuple[ArgumentParser, object]:
 def test_tiny_builds() -> None:
     parser, config = parse(f"--backbone={CONFIGS / 'tiny.yaml'}")
     assert isinstance(parser.instantiate(config).backbone, TinyDiffusion)
+
+
+def test_compact_builds() -> None:
+    parser, config = parse(f"--backbone={CONFIGS / 'compact.yaml'}")
+    try:
+        backbone = parser.instantiate(config).backbone
+    except InputError as error:
+        pytest.skip(str(error))
+    assert isinstance(backbone, Compact)
+    assert backbone.max_tokens == 24
+
+
+def test_every_file_is_tested() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "compact", *STABLE_DIFFUSION}
 
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
