@@ -143,6 +143,14 @@ class LitMatting(pl.LightningModule):
                     module.eval()  # with all inside: dropout has no parameters of its own
         return self
 
+    def setup(self, stage: str) -> None:
+        precision = self.trainer.precision
+        if precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise InputError(
+                f"`trainer.precision` must be 32-true, bf16-mixed or 16-mixed, got {precision}: the losses, the refiner"
+                " and the attention probabilities stay in float32."
+            )
+
     def configure_optimizers(self) -> Any:
         probe = self.make_optimizer([nn.Parameter(torch.zeros(1))])
         defaults = probe.defaults

@@ -236,6 +236,21 @@ def test_some_steps_on_one_batch_lower_the_loss(
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_mixed_precision_trains_and_pure_half_precision_is_refused(
+    make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    model = make_model()
+    before = model.network.trimap_head.layers[0].weight.detach().clone()
+    make_trainer(precision="bf16-mixed", max_steps=1).fit(model, loader(make_batch()))
+    after = model.network.trimap_head.layers[0].weight
+    assert after.dtype == torch.float32
+    assert torch.isfinite(after).all()
+    assert not torch.equal(after, before)
+    for precision in ("bf16-true", "64-true"):
+        with pytest.raises(InputError, match=f"`trainer.precision` must be .*, got {precision}"):
+            make_trainer(precision=precision).fit(make_model(), loader(make_batch()))
+
+
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
