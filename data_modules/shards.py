@@ -14,7 +14,8 @@ lies before. The tars stay ordinary webdataset shards: `webdataset.WebDataset("t
 """
 
 from data_modules.shard_format import FORMAT, IMAGE_EXTENSIONS, Phrase, ShardInfo, describe_shard
-from data_modules.shard_reader import Instance, RawSample, SampleError, ShardIndex, expand_braces, is_url
+from data_modules.shard_location import ShardsMissing, expand_braces, is_url
+from data_modules.shard_reader import Instance, RawSample, SampleError, ShardIndex
 from data_modules.shard_writer import InstanceEntry, ShardFile, ShardWriter, sample_members, write_index
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ShardIndex",
     "ShardInfo",
     "ShardWriter",
+    "ShardsMissing",
     "describe_shard",
     "expand_braces",
     "is_url",

@@ -166,6 +166,8 @@ def test_index_file_folder_glob_braces_and_lists_name_the_same_samples(pictures:
     assert [sample.key for sample in ShardIndex.load(f"{folder}/a-000001.tar")] == keys[5:10]
     os.remove(path)
     assert [sample.key for sample in ShardIndex.load(f"{folder}/*.tar")] == keys
+    os.rename(folder / "a-000001.tar", folder / "alone.tar")
+    assert [sample.key for sample in ShardIndex.load(folder / "alone.tar")] == keys[5:10]
 
 
 def test_two_indexes_in_one_folder_must_be_told_apart(tmp_path: Path, pictures: Pictures) -> None:
