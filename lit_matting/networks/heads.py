@@ -64,18 +64,23 @@ class GroundingHead(nn.Module):
 
     def forward(self, backbone: BackboneOutput, features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the logits (B, 1, h, w) on the grid of ``features``, and each layer's word map (B, h_l, w_l)."""
-        words = backbone.text.words.float()
-        share = words / words.sum(1, keepdim=True).clamp(min=1)
-        maps = {name: torch.einsum("bthw,bt->bhw", value, share) for name, value in backbone.attention.items()}
-        size = features.shape[-2:]
-        logits = self.offset.float().expand(features.shape[0], 1, *size)
-        if self.attention and maps:
-            resized = [F.interpolate(value[:, None], size=size, mode="bilinear") for value in maps.values()]
-            logits = logits + self.slope.float() * standardise(sum(resized) / len(resized))
+        projected = None
         if self.similarity:
-            image = F.normalize(self.image_projection(features).float(), dim=1)
-            text = F.normalize(self.text_projection(backbone.text.pooled).float(), dim=1)
-            logits = logits + self.similarity_scale.float() * torch.einsum("bchw,bc->bhw", image, text)[:, None]
+            projected = self.image_projection(features), self.text_projection(backbone.text.pooled)
+        # small differences of probabilities and cosines decide here: products in half precision would round them away
+        with torch.autocast(features.device.type, enabled=False):
+            words = backbone.text.words.float()
+            share = words / words.sum(1, keepdim=True).clamp(min=1)
+            maps = {name: torch.einsum("bthw,bt->bhw", value, share) for name, value in backbone.attention.items()}
+            size = features.shape[-2:]
+            logits = self.offset.float().expand(features.shape[0], 1, *size)
+            if self.attention and maps:
+                resized = [F.interpolate(value[:, None], size=size, mode="bilinear") for value in maps.values()]
+                logits = logits + self.slope.float() * standardise(sum(resized) / len(resized))
+            if projected is not None:
+                image, text = (F.normalize(item.float(), dim=1) for item in projected)
+                likeness = torch.einsum("bchw,bc->bhw", image, text)[:, None]
+                logits = logits + self.similarity_scale.float() * likeness
         return logits, maps
 
 
@@ -112,7 +117,8 @@ class AlphaHead(nn.Module):
     Args:
         channels: Channels of the features.
         hidden: Width of the hidden layer.
-        detach_trimap: Keep the alpha's gradient out of the trimap: semantics are then taught by their own terms alone.
+        detach_trimap: Keep the alpha's gradient out of the trimap and of the grounding: semantics are then taught by
+            their own terms alone.
     """
 
     def __init__(self, channels: int, hidden: int = 64, detach_trimap: bool = False) -> None:
@@ -121,13 +127,14 @@ class AlphaHead(nn.Module):
         self.detach_trimap = detach_trimap
 
     def forward(self, features: Tensor, trimap: Tensor, grounding: Tensor) -> Tensor:
+        if self.detach_trimap:
+            trimap, grounding = trimap.detach(), grounding.detach()
         maps = torch.cat([trimap, grounding.sigmoid()], 1).to(features.dtype)
         # The grounding logits are h's starting point: while phrases are still ambiguous, an L1 that starts from nothing
-        # settles on the empty matte. They enter as a constant, so that the alpha does not pull on the grounding.
+        # settles on the empty matte. They enter as a constant: through them the alpha would pull hardest on grounding.
         share = (self.layers(torch.cat([features, maps], 1)).float() + grounding.detach().float()).sigmoid()
-        prior = trimap.detach() if self.detach_trimap else trimap
-        foreground = (2 * prior - 1).clamp(min=0)
-        unknown = 1 - (2 * prior - 1).abs()
+        foreground = (2 * trimap - 1).clamp(min=0)
+        unknown = 1 - (2 * trimap - 1).abs()
         return foreground + unknown * share
 
 

@@ -202,7 +202,6 @@ def test_refinement_teaches_everything_before_it_if_asked(
     assert taught(network, Refinement(), disc) == everything
 
 
-@pytest.mark.xfail(strict=True, reason="`detach_trimap` detaches the prior only; the head still reads the trimap")
 def test_alpha_leaves_the_trimap_to_its_own_losses_if_asked(
     make_network: MakeNetwork, disc: Callable[..., Tensor]
 ) -> None:

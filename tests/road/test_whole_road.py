@@ -1,4 +1,4 @@
-"""The main job as a user runs it, in real processes: shards, fit, test, picture, matte, predict. Few steps, real files."""
+"""The main job as a user runs it, in real processes: shards, fit, test, picture, matte, predict; few steps."""
 
 from __future__ import annotations
 
