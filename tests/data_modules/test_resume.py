@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -123,3 +124,29 @@ def test_killed_run_goes_on_as_if_never_killed(
         expected = [line for line in runner.lines(Path(whole["journal"]), rank) if line["iteration"] >= step]
         assert expected
         assert runner.lines(Path(resumed["journal"]), rank) == expected
+
+
+def test_fresh_trainer_begins_anew_with_the_same_data_module(
+    runner: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    module = runner.data_module(settings)
+    journals = []
+    for name in ("first", "second"):
+        run = runner.with_changes(settings, tmp_path, name, trainer={"max_steps": 4})
+        runner.run(run, module)
+        journals.append(runner.lines(Path(run["journal"])))
+    assert journals[0] == journals[1]
+
+
+def test_checkpoint_without_the_streams_state_still_says_which_iteration_comes_next(
+    runner: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = runner.with_changes(settings, tmp_path, "whole", trainer={"max_steps": 9}, checkpoint_every=6)
+    runner.run(whole)
+    path = tmp_path / "whole/step=0006.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["InterleavedDataModule"]
+    torch.save(checkpoint, path)
+    resumed = runner.with_changes(settings, tmp_path, "resumed", trainer={"max_steps": 9}, resume=str(path))
+    runner.run(resumed)
+    assert runner.lines(Path(resumed["journal"])) == runner.lines(Path(whole["journal"]))[6:]

@@ -72,7 +72,7 @@ def data_module(settings: dict[str, Any]) -> InterleavedDataModule:
     )
 
 
-def run(settings: dict[str, Any]) -> Trainer:
+def run(settings: dict[str, Any], module: InterleavedDataModule | None = None) -> Trainer:
     """Fit, and leave the last weights in the run's folder."""
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def run(settings: dict[str, Any]) -> Trainer:
         **settings["trainer"],
     )
     model = Small()
-    trainer.fit(model, data_module(settings), ckpt_path=settings.get("resume"), weights_only=True)
+    trainer.fit(model, module or data_module(settings), ckpt_path=settings.get("resume"), weights_only=True)
     if trainer.is_global_zero:
         torch.save(model.state_dict(), folder / "weights.pt")
     return trainer
