@@ -53,18 +53,25 @@ def ellipse_half_widths(kernel_size: int) -> tuple[int, ...]:
 def dilate(mask: Tensor, kernel_size: int) -> Tensor:
     """Dilate a float mask (B, 1, H, W) of zeros and ones by an elliptical kernel; outside the image is 0.
 
-    A disc is not separable, but each of its rows is a line: the maximum over rows of horizontal maxima costs O(k) per
-    pixel instead of O(k^2).
+    A disc is not separable, but each of its rows is a line, and a longer line is a shorter one and two more shifts:
+    about 4 k bytewise "or"s instead of k^2 comparisons of floats.
     """
-    height = mask.shape[-2]
+    on = mask > 0
+    height, width = on.shape[-2:]
     half_widths = ellipse_half_widths(kernel_size)
+    lines, line = {0: on}, on
+    for half in range(1, max(half_widths) + 1):
+        line = line.clone()
+        if half < width:
+            line[..., half:] |= on[..., :-half]
+            line[..., :-half] |= on[..., half:]
+        lines[half] = line
+    result = torch.zeros_like(on)
     radius = kernel_size // 2
-    lines = {half: F.max_pool2d(mask, (1, 2 * half + 1), 1, (0, half)) if half else mask for half in set(half_widths)}
-    padded = {half: F.pad(line, (0, 0, radius, radius)) for half, line in lines.items()}
-    result = mask
-    for row, half in enumerate(half_widths):
-        result = torch.maximum(result, padded[half][..., row : row + height, :])
-    return result
+    for dy, half in zip(range(-radius, radius + 1), half_widths):
+        if abs(dy) < height:
+            result[..., max(0, dy) : height + min(0, dy), :] |= lines[half][..., max(0, -dy) : height + min(0, -dy), :]
+    return result.to(mask.dtype)
 
 
 def erode(mask: Tensor, kernel_size: int) -> Tensor:
