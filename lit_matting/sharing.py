@@ -1,0 +1,98 @@
+"""Models as folders that can be shared: weights as safetensors, a configuration, a card for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lit_matting.checkpoints import Checkpoint
+from lit_matting.checks import InputError
+from lit_matting.version import VERSION
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write weights and configuration into a folder; the configuration last, so that it stands for a whole model."""
+    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.part"
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(checkpoint.weights, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(temporary, folder / WEIGHTS_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fields = dataclasses.fields(checkpoint)
+    about = {item.name: getattr(checkpoint, item.name) for item in fields if item.name != "weights"}
+    # one key of our own: the hub's mixin would read the others as arguments of the pipeline
+    content = {"lit_matting": {**about, "version": VERSION}}
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path, name: str) -> Checkpoint:
+    """Read what :func:`write_folder` wrote; ``name`` is what the user called it.
+
+    Raises:
+        InputError: If a file is missing, damaged or of another project.
+    """
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for file in (config, weights):
+        if not file.is_file():
+            raise InputError(f"{name!r} was not made by save_pretrained: it has no {file.name}.")
+    try:
+        about = json.loads(config.read_text(encoding="utf-8"))["lit_matting"]
+        return Checkpoint(
+            network=dict(about["network"]),
+            weights=load_file(weights),
+            image_size=int(about["image_size"]),
+            threshold=about["threshold"],
+            origin=dict(about["origin"]),
+        )
+    except SafetensorError as error:
+        raise InputError(f"the weights in {name!r} are damaged: {error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{name!r} was not made by save_pretrained of lit_matting: see its {CONFIG_FILE}.") from error
+
+
+def download(name: str, **options: Any) -> Path:
+    """Fetch a model from the hub and return its folder; ``options`` are those of ``snapshot_download``.
+
+    Raises:
+        InputError: If there is no such model, or no way to it.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE], **options))
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"{name!r} is neither a folder nor a model of the Hugging Face hub that can be reached"
+            f" ({' '.join(str(error).split())[:200]})."
+        ) from error
+
+
+def model_card(about: Mapping[str, Any], license: str | None, results: Mapping[str, Any], notes: str) -> ModelCard:
+    """Return the card of a model: what it is, how to use it, what was measured."""
+    table = "".join(f"| {name} | {value} |\n" for name, value in about.items() if value is not None)
+    scores = "".join(f"| {name} | {value} |\n" for name, value in results.items())
+    measured = f"| measure | value |\n|---|---|\n{scores}" if scores else "Not evaluated, or not stated.\n"
+    # without a licence the hub shows none, which is the truth
+    licence = f"license: {license}\n" if license else ""
+    return ModelCard(
+        f"---\nlibrary_name: lit_matting\npipeline_tag: image-segmentation\n{licence}"
+        "tags:\n- image-matting\n- referring-image-matting\n---\n"
+        "# Text-driven image matting\n\n"
+        "A photo and a phrase in, the alpha matte of exactly that thing out.\n\n"
+        "```python\nfrom lit_matting import MattingPipeline\n\n"
+        'matting = MattingPipeline.from_pretrained("this folder or model")\n'
+        'matting("photo.jpg", "the red umbrella").cutout.save("umbrella.png")\n```\n\n'
+        f"| | |\n|---|---|\n{table}\n## Results\n\n{measured}\n{notes}\n"
+    )
