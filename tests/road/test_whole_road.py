@@ -33,7 +33,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").symlink_to(ROOT / "configs")
     shards = "outputs/demo/shards"
     python(folder, str(ROOT / "tools/scene_shards.py"), shards, "--train", "24", "--val", "3", "--test", "6")
-    quick = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+    quick = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
     config = "configs/experiment/demo.yaml"
     python(folder, "-m", "lit_matting", "fit", "--config", config, *quick)
     python(folder, "-m", "lit_matting", "test", "--config", config, "--ckpt_path", "outputs/demo/last.ckpt")
