@@ -3,6 +3,7 @@
 from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
 from lit_matting.backbones.compact import Compact
 from lit_matting.backbones.stable_diffusion import DiffusionBackbone, StableDiffusion
+from lit_matting.backbones.stable_diffusion_xl import StableDiffusionXL
 from lit_matting.backbones.tiny import TinyDiffusion
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Compact",
     "DiffusionBackbone",
     "StableDiffusion",
+    "StableDiffusionXL",
     "TextFeatures",
     "TinyDiffusion",
 ]

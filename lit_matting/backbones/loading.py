@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from lit_matting.backbones.architecture import known_architectures, random_model, read_architecture
 from lit_matting.backbones.text import CLIPVocabulary, HashedVocabulary, Vocabulary
-from lit_matting.backbones.weights import check_parameters, find_weights, has_tokenizer
+from lit_matting.backbones.weights import XL_PARTS, check_parameters, find_weights, has_tokenizer
 from lit_matting.checks import InputError
 
 if TYPE_CHECKING:
@@ -76,6 +76,54 @@ def load_parts(
     check_parameters(pretrained, "vae", parts.autoencoder)
     check_parameters(pretrained, "text_encoder", parts.text_model)
     return parts if autoencoder is None else replace(parts, autoencoder=_other_autoencoder(autoencoder, frozen_dtype))
+
+
+@dataclass(frozen=True)
+class XLParts:
+    """What a Stable Diffusion XL consists of, before anything is frozen or removed."""
+
+    unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL | AutoencoderTiny
+    text_models: tuple[Any, Any]
+    """transformers' CLIPTextModel and CLIPTextModelWithProjection."""
+    vocabulary: Vocabulary
+
+
+def load_xl_parts(
+    pretrained: str | None,
+    architecture: str | None = None,
+    revision: str | None = None,
+    unet_dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype = torch.float32,
+) -> XLParts:
+    """Find and load all parts of a Stable Diffusion XL, or build them with random weights.
+
+    Arguments and errors as for :func:`load_parts`; single files are refused.
+    """
+    if pretrained is None:
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        parts = _random_parts(architecture, None, None, unet_dtype, frozen_dtype)
+        config = read_architecture(architecture or "").get("text_encoder_2")
+        if config is None:
+            raise InputError(f"`architecture: {architecture}` has no `text_encoder_2`: give `sdxl` or a file like it.")
+        second = random_model(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)), frozen_dtype)
+        return XLParts(parts.unet, parts.autoencoder, (parts.text_model, second), parts.vocabulary)
+    source = find_weights(pretrained, revision, XL_PARTS)
+    if source.is_file():
+        raise InputError("`pretrained` of StableDiffusionXL must be a folder or a hub id, not a single file.")
+    xl = XLParts(
+        unet=load_unet(source, dtype=unet_dtype),
+        autoencoder=load_autoencoder(source, dtype=frozen_dtype),
+        text_models=(
+            load_text_encoder(source, dtype=frozen_dtype),
+            load_text_encoder(source, dtype=frozen_dtype, part="text_encoder_2", projected=True),
+        ),
+        vocabulary=CLIPVocabulary(load_tokenizer(source)),
+    )
+    for part, model in zip(XL_PARTS, (xl.unet, xl.autoencoder, *xl.text_models)):
+        check_parameters(pretrained, part, model)
+    return xl
 
 
 def _random_parts(

@@ -44,6 +44,9 @@ class DiffusionBackbone(Backbone):
             through it to the text adapter.
     """
 
+    addition_embed_type: str | None = None
+    """What the UNet may want to be told beside text and time, in diffusers' words; see :meth:`conditions`."""
+
     def __init__(
         self,
         image_encoder: ImageEncoder,
@@ -56,7 +59,7 @@ class DiffusionBackbone(Backbone):
         train_unet: bool = True,
     ) -> None:
         super().__init__()
-        _check_fit(unet, text_encoder)
+        _check_fit(unet, text_encoder, self.addition_embed_type)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.adapter = TextAdapter(text_encoder.channels) if adapt_text else nn.Identity()
@@ -134,9 +137,14 @@ class DiffusionBackbone(Backbone):
         return parts
 
 
-def _check_fit(unet: UNet2DConditionModel, text_encoder: TextEncoder) -> None:
+def _check_fit(unet: UNet2DConditionModel, text_encoder: TextEncoder, addition_embed_type: str | None) -> None:
     """Say what makes a UNet unusable here, before its first forward pass does."""
     config = unet.config
+    if config.addition_embed_type != addition_embed_type:
+        raise InputError(
+            f"the UNet wants the addition {config.addition_embed_type!r}, this backbone gives {addition_embed_type!r}:"
+            " StableDiffusionXL is for Stable Diffusion XL, StableDiffusion for 1.x and 2.x."
+        )
     if text_encoder.channels != config.cross_attention_dim:
         raise InputError(
             f"the text encoder gives {text_encoder.channels} channels but the UNet's cross-attention expects"

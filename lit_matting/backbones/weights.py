@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 """Subfolders of a Stable Diffusion folder that are read here."""
+XL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer")
+"""The same of Stable Diffusion XL."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,17 @@ NAMED: dict[str, NamedWeights] = {
         licence="Stability AI Community License",
         mirrors=(Mirror("stabilityai/sd-turbo"),),
         parameters=_SD2_PARTS,
+    ),
+    "sdxl": NamedWeights(
+        architecture="sdxl",
+        licence="CreativeML Open RAIL++-M",
+        mirrors=(Mirror("stabilityai/stable-diffusion-xl-base-1.0"),),
+        parameters={
+            "unet": 2_567_463_684,
+            "vae": 83_653_863,
+            "text_encoder": 123_060_480,
+            "text_encoder_2": 694_659_840,
+        },
     ),
 }
 

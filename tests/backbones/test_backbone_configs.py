@@ -40,7 +40,12 @@ def test_compact_builds() -> None:
 
 
 def test_every_file_is_tested() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "compact", *STABLE_DIFFUSION}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"tiny", "compact", "sdxl", *STABLE_DIFFUSION}
+
+
+def test_the_xl_file_names_known_weights() -> None:
+    arguments = parse(f"--backbone={CONFIGS / 'sdxl.yaml'}")[1].backbone.init_args
+    assert NAMED[arguments.pretrained].architecture == arguments.architecture
 
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
