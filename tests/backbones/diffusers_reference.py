@@ -14,7 +14,8 @@ def straightforward(
     folder: Path, image: Tensor, phrases: list[str], tokens: int
 ) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
     """Return features before each upsampler, coarse to fine, cross-attention maps by layer, and text states."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    # weights may be stored in half precision, and the parts do not agree on what to make of that
+    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     unet = pipeline.unet
     ids = pipeline.tokenizer(
         phrases, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt"
