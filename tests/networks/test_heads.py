@@ -34,6 +34,17 @@ def test_alpha_is_the_trimap_where_it_is_sure_and_the_heads_where_it_is_not() ->
         assert head(features, trimap, grounding).flatten().tolist() == pytest.approx(wanted)
 
 
+def test_alpha_starts_from_the_grounding_where_the_trimap_is_undecided() -> None:
+    head = AlphaHead(16, hidden=8)
+    nn.init.zeros_(head.layers[-1].weight)
+    nn.init.zeros_(head.layers[-1].bias)
+    grounding = torch.tensor([-3.0, 0.0, 2.0]).view(1, 1, 1, 3).requires_grad_()
+    alpha = head(torch.randn(1, 16, 1, 3), torch.full((1, 1, 1, 3), 0.5), grounding)
+    assert torch.allclose(alpha, grounding.sigmoid())
+    alpha.sum().backward()
+    assert grounding.grad.abs().sum() == 0  # a start, not a handle to pull the grounding by
+
+
 def test_alpha_never_leaves_its_range() -> None:
     head = AlphaHead(16, hidden=8)
     for parameter in head.parameters():
