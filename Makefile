@@ -1,4 +1,4 @@
-# make demo    train on generated scenes, judge on held-out ones, draw the picture (about ten minutes on two cores)
+# make demo    train on generated scenes, judge on held-out ones, draw the picture
 # make test    the whole suite
 # make lint    ruff
 PYTHON ?= python3

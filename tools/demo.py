@@ -1,6 +1,6 @@
 """The whole road on generated scenes: shards, training, judging, a picture and a table.
 
-    python tools/demo.py                   # configs/experiment/demo.yaml, about ten minutes on two cores
+    python tools/demo.py                   # configs/experiment/demo.yaml
     python tools/demo.py --config configs/experiment/demo_long.yaml --folder outputs/demo_long
 
 Every step is one of the project's own commands and is printed before it runs, so that it can be run alone.
