@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_matting.backbones.loading import no_progress_bars
 from lit_matting.checks import InputError
 
 
@@ -95,7 +96,8 @@ class TransformersFeatures(FeatureNetwork):
             names = [name for name in config.stage_names if name != "stem"]
             # AutoBackbone's own from_pretrained asks the hub even about a folder
             kind = type(AutoBackbone.from_config(config))
-            self.network = kind.from_pretrained(pretrained, out_features=names)
+            with no_progress_bars():
+                self.network = kind.from_pretrained(pretrained, out_features=names)
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(
                 f"`pretrained` {pretrained!r} is no feature network in transformers' layout: {error}"

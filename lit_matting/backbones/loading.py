@@ -291,9 +291,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every part it loads: a library logs, it does not draw."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _read(source: Path, load: Callable[[], Result]) -> Result:
     try:
-        return load()
+        with no_progress_bars():
+            return load()
     except InputError:
         raise
     except Exception as error:  # whatever the two libraries raise, the file is what the user gave

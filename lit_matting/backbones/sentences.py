@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lit_matting.backbones.base import TextFeatures
+from lit_matting.backbones.loading import no_progress_bars
 from lit_matting.backbones.text import FrozenTextEncoder
 from lit_matting.checks import InputError
 
@@ -82,6 +83,9 @@ def _load(pretrained: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(pretrained), AutoModel.from_pretrained(pretrained, trust_remote_code=False)
+        with no_progress_bars():
+            return AutoTokenizer.from_pretrained(pretrained), AutoModel.from_pretrained(
+                pretrained, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise InputError(f"`pretrained` {pretrained!r} is no text encoder in transformers' layout: {error}") from error

@@ -77,3 +77,13 @@ def test_random_weights_are_one_argument_away() -> None:
     config = parse(f"--backbone={CONFIGS / 'sd21.yaml'}", "--backbone.init_args.pretrained=null")[1]
     assert config.backbone.init_args.pretrained is None
     assert config.backbone.init_args.architecture == "sd21"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sd21_base", "sd_turbo", "sdxl"])
+@pytest.mark.parametrize("before", ["sd21_student_tiny", "sdxl", "tiny", "compact"])
+def test_nothing_of_the_file_before_survives_a_swap(before: str, name: str) -> None:
+    # arguments that two classes share outlive a change of class, so each file states all that any other states
+    alone = parse(f"--backbone={CONFIGS / name}.yaml")[1].backbone
+    swapped = parse(f"--backbone={CONFIGS / before}.yaml", f"--backbone={CONFIGS / name}.yaml")[1].backbone
+    assert swapped.class_path == alone.class_path
+    assert swapped.init_args == alone.init_args

@@ -218,6 +218,11 @@ def test_older_bin_files_of_plain_tensors_load(folder: Path, tmp_path: Path) -> 
     assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
 
 
+def test_loading_draws_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    StableDiffusion(str(folder))
+    assert "%|" not in capfd.readouterr().err
+
+
 # --- single files -------------------------------------------------------------------------------
 
 

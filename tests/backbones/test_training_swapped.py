@@ -1,0 +1,83 @@
+"""One experiment, any backbone: two steps and a validation by the real command, with only the backbone swapped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_pipeline
+
+from lit_matting.checks import InputError
+from lit_matting.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKBONES = ROOT / "configs" / "backbone"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A handful of generated scenes."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from tools.scene_shards import main as write
+    finally:
+        sys.path.remove(str(ROOT))
+    folder = tmp_path_factory.mktemp("shards")
+    write([str(folder), "--train", "16", "--val", "2", "--test", "2"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    save_tiny_pipeline(folder)
+    return folder
+
+
+def train(shards: Path, folder: Path, *flags: str) -> Path:
+    """Train two steps of the demo and return the checkpoint."""
+    data = [f"--data.init_args.train.scenes.init_args.shards={shards / 'train.index.json'}"]
+    data += [f"--data.init_args.{part}.scenes.init_args.shards={shards / part}.index.json" for part in ("val", "test")]
+    arguments = [
+        f"--config={ROOT / 'configs' / 'experiment' / 'demo.yaml'}",
+        *data,
+        "--data.init_args.train.scenes.init_args.batch_size=4",
+        "--data.init_args.num_workers=0",
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks=null",
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        f"--trainer.callbacks.dirpath={folder}",
+        "--trainer.callbacks.filename=last",
+        *flags,
+    ]
+    assert main(["fit", *arguments]) == 0
+    return folder / "last.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd21_student_tiny", "compact"])
+def test_only_the_backbone_is_swapped(name: str, shards: Path, pipeline: Path, tmp_path: Path) -> None:
+    flags = [f"--model.backbone={BACKBONES / name}.yaml"]
+    if name == "compact":
+        try:
+            from lit_matting.backbones import Compact
+
+            Compact()
+        except InputError as error:
+            pytest.skip(str(error))
+    else:
+        flags += [
+            f"--model.backbone.init_args.pretrained={pipeline}",
+            "--model.backbone.init_args.text_layers=null",
+        ]
+    weights = torch.load(train(shards, tmp_path / "run", *flags), weights_only=False)["state_dict"]
+    assert any(key.startswith("network.backbone.") for key in weights)
+    # what is frozen is not in the checkpoint
+    frozen = ("text_encoder.", "image_encoder.", "features.")
+    assert not [key for key in weights if key.startswith(tuple(f"network.backbone.{part}" for part in frozen))]
