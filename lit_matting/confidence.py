@@ -15,10 +15,10 @@ from lit_matting.checks import InputError
 def confidence_of(grounding: Tensor, alpha: Tensor) -> Tensor:
     """Return how sure the network is that the phrase's thing is there, (B,) in [0, 1].
 
-    The geometric mean of two numbers. *Strength*: the mean grounding probability of the strongest 1 % of cells, at
-    least four of them, because a thing that is there lights up somewhere, however small it is. *Agreement*: the soft
-    intersection over union of grounding and low-resolution matte, ``sum min(g, a) / sum max(g, a)``, because both were
-    trained towards the same target and fall apart where the network guesses.
+    *Agreement* times *presence*. Agreement is the soft intersection over union of grounding and low-resolution matte,
+    ``sum min(g, a) / sum max(g, a)``: both were trained towards the same target, and fall apart where the network
+    guesses. Presence is twice the mean grounding probability of the strongest 1 % of cells (at least four), at most 1:
+    a thing that is there is beyond doubt somewhere, however small it is, and two faint maps that agree prove nothing.
 
     The number orders phrases; it is no probability. Where to cut is found by
     :meth:`lit_matting.pipeline.MattingPipeline.calibrate`.
@@ -35,10 +35,10 @@ def confidence_of(grounding: Tensor, alpha: Tensor) -> Tensor:
     """
     g, a = grounding.float().flatten(1), alpha.float().flatten(1)
     strongest = min(g.shape[1], max(4, g.shape[1] // 100))
-    strength = g.topk(strongest, 1).values.mean(1)
+    presence = (2 * g.topk(strongest, 1).values.mean(1)).clamp(max=1)
     # the floor is one thousandth of a cell: two maps of nothing agree on nothing
     agreement = torch.minimum(g, a).sum(1) / torch.maximum(g, a).sum(1).clamp(min=1e-3)
-    return (strength * agreement).sqrt().clamp(0, 1)
+    return agreement * presence
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,17 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return chosen
 
 
-def pick_precision(device: torch.device, precision: str | None = None) -> Precision:
+LARGE = 50_000_000
+"""Parameters from which on half precision is worth its conversions on a CPU; the tiny network is slower in it."""
+
+
+def pick_precision(device: torch.device, precision: str | None = None, parameters: int = LARGE) -> Precision:
     """Return the precision asked for, or the fastest that keeps mattes right on a device.
+
+    Args:
+        device: Where the network runs.
+        precision: What was asked for.
+        parameters: Of the network.
 
     Raises:
         InputError: If the precision is unknown, or fp16 is asked of a CPU.
@@ -47,7 +56,7 @@ def pick_precision(device: torch.device, precision: str | None = None) -> Precis
     if device.type == "cuda":
         # older cards emulate it, at a loss
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
-    if device.type == "cpu":
+    if device.type == "cpu" and parameters >= LARGE:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return "bf16" if any(getattr(torch.cpu, check, lambda: False)() for check in checks) else "fp32"
     return "fp32"

@@ -56,8 +56,8 @@ class MattingPipeline(ModelHubMixin):
         network: The network; it is put into eval mode.
         image_size: Side, in pixels, of the square it sees.
         device: Where to run; None takes CUDA, then Apple's MPS, then the CPU.
-        precision: Of the network (the refiner is always float32); None takes bf16 where the device is good at it, else
-            fp32.
+        precision: Of the network (the refiner is always float32); None takes bf16 where the device and the
+            size of the network make it faster, else fp32.
         threshold: The calibrated confidence below which a thing is not there; None: not calibrated.
         source: The checkpoint the network came from, which :meth:`save_pretrained` needs.
     """
@@ -73,7 +73,8 @@ class MattingPipeline(ModelHubMixin):
     ) -> None:
         network.backbone.check_size(image_size, image_size)
         self.device = pick_device(device)
-        self.precision: Precision = pick_precision(self.device, precision)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        self.precision: Precision = pick_precision(self.device, precision, parameters)
         self.network = network.eval().requires_grad_(False)
         self.image_size = image_size
         self.threshold = threshold

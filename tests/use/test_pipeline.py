@@ -147,6 +147,7 @@ def test_half_precision_is_as_near_to_full_as_autocast_is(
 def test_device_and_precision_are_chosen_and_checked() -> None:
     cpu = torch.device("cpu")
     assert pick_precision(cpu) in ("fp32", "bf16")
+    assert pick_precision(cpu, parameters=2_000_000) == "fp32"
     assert pick_precision(torch.device("mps")) == "fp32"
     with pytest.raises(InputError, match="one of fp32, bf16, fp16, got 'half'"):
         pick_precision(cpu, "half")
@@ -318,8 +319,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, time; start = time.process_time(); import lit_matting; spent = time.process_time() - start;"
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'lightning', 'huggingface_hub'} & set(sys.modules);"
-        "assert not heavy, heavy; assert spent < 0.2, spent;"
-        "from lit_matting import MattingPipeline; assert MattingPipeline.__module__ == 'lit_matting.pipeline'"
+        "assert not heavy, heavy; assert spent < 0.2, spent"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -161,11 +161,12 @@ def maps(*values: float) -> torch.Tensor:
     return flat.view(1, 1, 4, 8)
 
 
-def test_confidence_is_strength_times_agreement_under_a_root() -> None:
-    grounding, alpha = maps(0.8, 0.8, 0.6, 0.6, 0.2), maps(1, 0.5, 0.6, 0, 0)
-    strength = (0.8 + 0.8 + 0.6 + 0.6) / 4
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_confidence_is_agreement_times_presence(scale: float) -> None:
+    grounding, alpha = scale * maps(0.8, 0.8, 0.6, 0.6, 0.2), scale * maps(1, 0.5, 0.6, 0, 0)
     agreement = (0.8 + 0.5 + 0.6) / (1 + 0.8 + 0.6 + 0.6 + 0.2)
-    assert torch.allclose(confidence_of(grounding, alpha), torch.tensor([(strength * agreement) ** 0.5]))
+    presence = min(1, 2 * scale * (0.8 + 0.8 + 0.6 + 0.6) / 4)
+    assert torch.allclose(confidence_of(grounding, alpha), torch.tensor([agreement * presence]))
 
 
 def test_nothing_found_anywhere_is_no_confidence() -> None:
