@@ -48,6 +48,7 @@ TILE = 256
 HALO = len(WIDTHS) - 1
 BAND_WIDTH = 15
 FLOOR_ROWS = 512
+LINE_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 METHODS = ("sparse", "dense", "tiles")
 START, END = "<!-- benchmark_refiner:start -->", "<!-- benchmark_refiner:end -->"
 
@@ -194,6 +195,28 @@ def measure(side: int, fraction: float, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_linearity(side: int, repeats: int) -> dict[str, Any]:
+    """Time the sparse method alone at several shares of one side, and with as many pixels on a quarter of the area."""
+    refiner = Refiner()
+    cases = [(side, fraction) for fraction in LINE_FRACTIONS] + [(side // 2, 4 * LINE_FRACTIONS[2])]
+    prepared = [inputs(*case) for case in cases]
+    active = [int(mask.sum()) for _, mask, _ in prepared]
+    with torch.no_grad():
+        runs = {str(number): lambda number=number: refiner.sparse(*prepared[number]) for number in range(len(prepared))}
+        medians(runs, 1)
+        seconds = list(medians(runs, 3 * repeats).values())
+    slope, fit = log_log_line(list(zip(active[:-1], seconds[:-1])))
+    per_pixel = [time / pixels for time, pixels in zip(seconds, active)]
+    return {
+        "side": side,
+        "active": active[:-1],
+        "seconds": seconds[:-1],
+        "slope": slope,
+        "r squared": fit,
+        "larger area": per_pixel[2] / per_pixel[-1],
+    }
+
+
 def measure_training(side: int, fraction: float, repeats: int) -> dict[str, Any]:
     """Time a training step, sparse and dense."""
     refiner = Refiner()
@@ -294,9 +317,7 @@ def promises(report: dict[str, Any]) -> list[dict[str, Any]]:
     if line := report.get("linearity"):
         add("log-log slope of time over active pixels", line["slope"], 0.9, 1.15)
         add("R squared of that line", line["r squared"], low=0.98)
-    if (small := cases.get((1024, 0.2))) and (large := cases.get((2048, 0.05))):
-        per_pixel = [case["seconds"]["sparse"] / case["active"] for case in (large, small)]
-        add("time per active pixel, same number on 4 x the area", per_pixel[0] / per_pixel[1], high=1.5)
+        add("time per active pixel, as many pixels on 4 x the area", line["larger area"], high=1.5)
     if step := report.get("training"):
         name = f"training step, {step['side']} px, {step['fraction']:.0%}: dense / sparse"
         add(f"{name} time", step["dense / sparse"], low=8)
@@ -308,7 +329,8 @@ def markdown(report: dict[str, Any]) -> str:
     """Return the report as Markdown tables."""
     machine = report["machine"]
     lines = [
-        f"Measured by `{report['command']}` on {machine['processor']}, one thread, torch {machine['torch']}.",
+        f"Measured by `{report['command']}` on {machine['processor']}, one thread, torch {machine['torch']},"
+        f" {machine['load']:.1f} other busy processes on {machine['cores']} cores.",
         "",
         "| side | active | pixels | sparse ms | dense / sparse | tiles / sparse | layer / floor | sparse MiB |"
         " dense MiB | tiles MiB |",
@@ -364,7 +386,13 @@ def run(
     """Measure everything and return the report."""
     report: dict[str, Any] = {
         "command": "python tools/benchmark_refiner.py",
-        "machine": {"processor": _processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": _processor(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "load": max(os.getloadavg()[0] - 1, 0.0),
+        },
         "repeats": repeats,
         "cases": [],
     }
@@ -382,10 +410,8 @@ def run(
                 f" layer / floor {case['layer / floor']:.2f}, memory ratio {case.get('memory ratio', math.nan):.1f}",
                 flush=True,
             )
-    largest = [case for case in report["cases"] if case["side"] == max(sides)]
-    if len(largest) > 2:
-        slope, fit = log_log_line([(case["active"], case["seconds"]["sparse"]) for case in largest])
-        report["linearity"] = {"slope": slope, "r squared": fit}
+    if len(fractions) > 1:
+        report["linearity"] = measure_linearity(max(sides), repeats)
     if training_side is not None:
         report["training"] = measure_training(training_side, 0.05, repeats)
         if memory:

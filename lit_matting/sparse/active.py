@@ -96,6 +96,7 @@ class ActiveSet:
         return self.indices.device
 
     @property
+    @eager
     def coordinates(self) -> Tensor:
         """(N, 3) int32, contiguous: image, row and column of every active pixel."""
         return self.cached("coordinates", self._coordinates)
@@ -138,6 +139,7 @@ class ActiveSet:
             lambda: rulebook.downsampling(self._pixels(), self.strided()._pixels(), kernel_size),
         )
 
+    @eager
     def strided(self) -> ActiveSet:
         """The active set at half resolution, (B, ceil(H / 2), ceil(W / 2)): every 2x2 cell with an active pixel in it.
 

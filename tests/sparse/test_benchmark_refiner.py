@@ -57,7 +57,7 @@ def test_promises_are_judged_by_their_limits(benchmark: ModuleType) -> None:
         "layer / floor": 1.5,
         "memory ratio": 9.0,
     }
-    found = benchmark.promises({"cases": [case], "linearity": {"slope": 1.2, "r squared": 0.99}})
+    found = benchmark.promises({"cases": [case], "linearity": {"slope": 1.2, "r squared": 0.99, "larger area": 1.1}})
     assert [(promise["value"], promise["limit"], promise["kept"]) for promise in found] == [
         (7.9, ">= 8", False),
         (9.0, ">= 8", True),
@@ -65,6 +65,7 @@ def test_promises_are_judged_by_their_limits(benchmark: ModuleType) -> None:
         (1.5, "<= 2", True),
         (1.2, "0.9 to 1.15", False),
         (0.99, ">= 0.98", True),
+        (1.1, "<= 1.5", True),
     ]
 
 
