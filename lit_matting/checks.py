@@ -7,9 +7,10 @@ comment, because it is still true after the code around it has changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line uses InputError, and must not wait for torch to print its help
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -35,6 +36,7 @@ def check_shape(
         ValueError: If the number of dimensions or a size differs; the message has both shapes.
 
     Example:
+        >>> import torch
         >>> check_shape(torch.zeros(2, 1, 4, 6), ("B", 1, "H", "W"), "alpha")
         {'B': 2, 'H': 4, 'W': 6}
     """
@@ -59,11 +61,12 @@ def check_range(tensor: Tensor, low: float, high: float, name: str) -> None:
         ValueError: If a value is outside or not a number; the message has the range found.
 
     Example:
+        >>> import torch
         >>> check_range(torch.tensor([0.0, 1.0]), 0.0, 1.0, "alpha")
     """
     if tensor.numel() == 0:
         return
-    smallest, largest = torch.aminmax(tensor.detach())
+    smallest, largest = tensor.detach().aminmax()
     # the comparison is written so that NaN fails it
     if not (smallest >= low and largest <= high):
         raise ValueError(

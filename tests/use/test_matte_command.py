@@ -281,7 +281,6 @@ def test_names_of_phrases_fit_into_file_names() -> None:
     assert len(slug("穿" * 200).encode()) <= 80
 
 
-@pytest.mark.xfail(reason="lit_matting.checks imports torch, and the command line imports checks", strict=False)
 def test_help_answers_without_importing_torch() -> None:
     code = (
         "import sys, time; from lit_matting.cli import main\n"
