@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -39,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: there is no command {arguments[0]!r}; see {PROG} --help", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # a thread that waits by spinning takes the core from the one it waits for, as soon as anything else runs
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lit_matting.checks import InputError
 
     try:
