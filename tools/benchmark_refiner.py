@@ -6,7 +6,8 @@ One thread, process CPU time, all methods interleaved, medians. The same four la
 ReLU) with the same weights, on hair-like bands that cover a given share of the image:
 
 - sparse: what `lit_matting.sparse` does, from the mask to the pasted result, neighbour tables included;
-- dense: `F.conv2d` on the whole image, masked after every layer, so that it computes the same function;
+- dense: `F.conv2d` on the whole image, masked after every layer, so that it computes the same function, in the memory
+  layout in which it is fastest;
 - tiles: the same on those 256-pixel tiles that hold an active pixel, with the halo that makes them exact.
 
 The results are compared before anything is timed. Memory is the peak of a fresh process beyond what the inputs take.
@@ -98,7 +99,8 @@ class Refiner(nn.Module):
 
     def maps(self, image: Tensor, mask: Tensor) -> Tensor:
         """The layers on maps, masked after each of them; in place where autograd allows it."""
-        maps = image * mask
+        # channels last: on this CPU half the time and half the memory of the default layout
+        maps = (image * mask).contiguous(memory_format=torch.channels_last)
         for layer in self.layers[:-1]:
             maps = F.conv2d(maps, layer.weight, layer.bias, padding=1).mul_(mask).relu_()
         return F.conv2d(maps, self.layers[-1].weight, self.layers[-1].bias, padding=1)
@@ -199,7 +201,9 @@ def measure_linearity(side: int, repeats: int) -> dict[str, Any]:
     """Time the sparse method alone at several shares of one side, and with as many pixels on a quarter of the area."""
     refiner = Refiner()
     cases = [(side, fraction) for fraction in LINE_FRACTIONS] + [(side // 2, 4 * LINE_FRACTIONS[2])]
-    prepared = [inputs(*case) for case in cases]
+    # one image of each side for all shares
+    images = {edge: inputs(edge, 0.01) for edge in (side, side // 2)}
+    prepared = [(images[edge][0], hair_bands(edge, fraction), images[edge][2]) for edge, fraction in cases]
     active = [int(mask.sum()) for _, mask, _ in prepared]
     with torch.no_grad():
         runs = {str(number): lambda number=number: refiner.sparse(*prepared[number]) for number in range(len(prepared))}
