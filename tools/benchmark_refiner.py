@@ -145,10 +145,14 @@ def training_step(refiner: Refiner, method: str, image: Tensor, mask: Tensor) ->
 
 
 def medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of process CPU time of each candidate, all of them in turn."""
+    """Return the median seconds of process CPU time of each candidate, all of them in turn.
+
+    Each timed pass follows an untimed one, so that no candidate pays for the memory that another one gave back.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
+            candidate()
             started = time.process_time()
             candidate()
             seconds[name].append(time.process_time() - started)
@@ -178,7 +182,6 @@ def measure(side: int, fraction: float, repeats: int) -> dict[str, Any]:
             raise RuntimeError(f"{side} px, {fraction:.0%}: the methods differ by {difference:.1e}")
         active = ActiveSet.from_mask(mask)
         layer, rows = refiner.layers[1], torch.randn(len(active), 32)
-        layer(rows, active)
         candidates: dict[str, Callable[[], Any]] = {
             method: lambda method=method: getattr(refiner, method)(image, mask, background) for method in METHODS
         }
@@ -207,7 +210,6 @@ def measure_linearity(side: int, repeats: int) -> dict[str, Any]:
     active = [int(mask.sum()) for _, mask, _ in prepared]
     with torch.no_grad():
         runs = {str(number): lambda number=number: refiner.sparse(*prepared[number]) for number in range(len(prepared))}
-        medians(runs, 1)
         seconds = list(medians(runs, 3 * repeats).values())
     slope, fit = log_log_line(list(zip(active[:-1], seconds[:-1])))
     per_pixel = [time / pixels for time, pixels in zip(seconds, active)]
