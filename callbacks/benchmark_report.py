@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from callbacks.sample_pictures import SamplePicture, SamplePictures, nearest, page
 from lit_matting.checks import InputError
+from lit_matting.files import write_whole
 from lit_matting.metrics.protocol import Observed, Protocol, deviations, load_protocol
 from lit_matting.metrics.referring import ReferringScore
 from lit_matting.metrics.report import (
@@ -28,7 +29,6 @@ from lit_matting.metrics.report import (
     sample_rows,
     to_csv,
     to_json,
-    write_atomic,
 )
 from lit_matting.metrics.score_card import ReferringSample, score_card
 from lit_matting.records import MattingBatch
@@ -158,7 +158,7 @@ class BenchmarkReport(pl.Callback):
             (f"the {len(worst)} worst by SAD: image, truth, matte, difference", worst),
             (f"{len(middle)} about the median SAD of {median:.3g}", middle),
         ]
-        write_atomic(self.folder / "samples.png", page(columns, self.picture_size))
+        write_whole(page(columns, self.picture_size), self.folder / "samples.png")
 
     def _write(
         self,
@@ -191,10 +191,10 @@ class BenchmarkReport(pl.Callback):
             "versions": environment(),
             "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        write_atomic(self.folder / "per_sample.csv", to_csv(sample_rows(samples)))
-        write_atomic(self.folder / "report.md", _markdown(report, bool(self.pictures)).encode())
+        write_whole(to_csv(sample_rows(samples)), self.folder / "per_sample.csv")
+        write_whole(_markdown(report, bool(self.pictures)).encode(), self.folder / "report.md")
         # last, so that a report.json means that everything beside it is there
-        write_atomic(self.folder / "report.json", to_json(report))
+        write_whole(to_json(report), self.folder / "report.json")
         log.info("report: %s", self.folder / "report.md")
 
     def _statement(self, counts: Mapping[str, Any], differences: list[str]) -> str:

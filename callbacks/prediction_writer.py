@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
+from lit_matting.files import whole_file
 from lit_matting.records import MattingBatch, MattingOutput
 
 _PHRASE_BYTES = 80
@@ -65,10 +65,5 @@ def file_name(key: str, prompt: str) -> str:
 
 def write_alpha(alpha: Any, path: Path) -> None:
     """Write an alpha (H, W) in [0, 1] as an 8-bit grey PNG, all or nothing; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{zlib.crc32(path.name.encode()):08x}.part")
-    try:
+    with whole_file(path) as temporary:
         Image.fromarray(np.rint(np.clip(alpha, 0, 1) * 255).astype(np.uint8)).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

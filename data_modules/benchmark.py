@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_modules.decode import decode_sample
 from data_modules.shard_reader import RawSample, ShardIndex
 from data_modules.source import read_captions
-from data_modules.stream import as_is, one_thread
+from data_modules.stream import whole_batches
 from data_modules.transforms import full_view, mattes, pictures, show, show_target
 from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch
@@ -102,13 +102,8 @@ class BenchmarkLoader:
         self.questions = len(questions)
         """Phrases of the whole benchmark, over all processes."""
         self.batches = batches[rank::world_size]
-        self.loader = DataLoader(
-            _Batches(name, index, self.batches, size, source.attach_instances),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=as_is,
-            worker_init_fn=one_thread if workers else None,
-            prefetch_factor=prefetch if workers else None,
+        self.loader = whole_batches(
+            _Batches(name, index, self.batches, size, source.attach_instances), workers, prefetch
         )
 
     def __iter__(self) -> Iterator[MattingBatch]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_modules.decode import decode_rgb
-from data_modules.stream import as_is, one_thread
+from data_modules.stream import whole_batches
 from data_modules.transforms import pictures
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.records import MattingBatch
@@ -73,14 +73,7 @@ class FolderLoader:
 
     def __init__(self, name: str, questions: list[tuple[str, str, str]], workers: int = 0, prefetch: int = 2) -> None:
         self.questions = questions
-        self.loader = DataLoader(
-            _Photographs(name, questions),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=as_is,
-            worker_init_fn=one_thread if workers else None,
-            prefetch_factor=prefetch if workers else None,
-        )
+        self.loader = whole_batches(_Photographs(name, questions), workers, prefetch)
 
     def __iter__(self) -> Iterator[MattingBatch]:
         yield from self.loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import cv2
@@ -141,6 +142,8 @@ class BatchParts:
                 torch.from_numpy(np.stack(images)), _packed(targets), torch.tensor(boxes, dtype=torch.float32)
             )
         chosen = [(shown, choice, shown.choices[choice]) for shown, choice in self.rows]
+        # the network encodes an image once for all its phrases, where every image has equally many
+        counts = {len(list(rows)) for _, rows in groupby(self.rows, key=lambda row: id(row[0]))}
         return MattingBatch(
             image=torch.from_numpy(self.image[:count]),
             target=_packed(self.targets),
@@ -154,6 +157,7 @@ class BatchParts:
             detail=detail,
             dataset=dataset,
             iteration=iteration,
+            phrases_per_image=counts.pop() if len(counts) == 1 else 1,
         )
 
 
@@ -233,15 +237,12 @@ class StreamLoader:
         unpack: bool = True,
     ) -> None:
         self.batches, self.length, self.on_bad, self.unpack = batches, length, on_bad, unpack
-        self.loader = DataLoader(
+        self.loader = whole_batches(
             batches,
-            batch_size=None,
+            workers,
+            prefetch,
             sampler=_Places(start, batches.plan.accumulate),
-            num_workers=workers,
-            collate_fn=as_is,
             pin_memory=pin_memory,
-            worker_init_fn=one_thread if workers else None,
-            prefetch_factor=prefetch if workers else None,
             persistent_workers=persistent_workers and workers > 0,
         )
         self.yielded = 0
@@ -288,6 +289,19 @@ class _SizedStreamLoader(StreamLoader):
     def __len__(self) -> int:
         assert self.length is not None
         return self.length
+
+
+def whole_batches(dataset: Dataset[Any], workers: int, prefetch: int, **options: Any) -> DataLoader[Any]:
+    """Return the loader of a data set whose items are batches already."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=as_is,
+        worker_init_fn=one_thread if workers else None,
+        prefetch_factor=prefetch if workers else None,
+        **options,
+    )
 
 
 def as_is(item: object) -> object:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_matting.checks import InputError
+from lit_matting.files import whole_file
 from lit_matting.networks.matting_network import MattingNetwork
 
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -97,12 +98,8 @@ def store_threshold(path: str | os.PathLike[str], threshold: float | None) -> No
     if not isinstance(content.get("lit_matting"), dict):
         raise InputError(f"checkpoint {str(path)!r} was not made by this project (it has no `lit_matting` entry).")
     content["lit_matting"]["threshold"] = threshold
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path, mapped: bool = True) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,14 +110,3 @@ def _deep_tiff(array: np.ndarray) -> bytes:
         entries += struct.pack("<HHI", tag, kind, len(values)) + place
     header = b"II*\0" + struct.pack("<I", directory)
     return b"".join([header, pixels, bytes(len(pixels) % 2), struct.pack("<H", len(tags)), entries, bytes(4), more])
-
-
-def write_whole(data: bytes, path: Path) -> None:
-    """Write a file under its final name only when it is whole; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lit_matting.files import write_whole
 from lit_matting.networks.matting_network import enlarge
-from lit_matting.picture_files import encode_picture, write_whole
+from lit_matting.picture_files import encode_picture
 from lit_matting.pictures import Photo, as_float, as_integers, background_colours
 from lit_matting.targets import OPAQUE
 

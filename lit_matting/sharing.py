@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_matting.checkpoints import Checkpoint
 from lit_matting.checks import InputError
+from lit_matting.files import whole_file, write_whole
 from lit_matting.version import VERSION
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -23,20 +23,16 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     """Write weights and configuration into a folder; the configuration last, so that it stands for a whole model."""
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.part"
-    try:
+    with whole_file(folder / WEIGHTS_FILE) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(checkpoint.weights, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        os.replace(temporary, folder / WEIGHTS_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
     fields = dataclasses.fields(checkpoint)
     about = {item.name: getattr(checkpoint, item.name) for item in fields if item.name != "weights"}
     # one key of our own: the hub's mixin would read the others as arguments of the pipeline
     content = {"lit_matting": {**about, "version": VERSION}}
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole((json.dumps(content, indent=2) + "\n").encode(), folder / CONFIG_FILE)
 
 
 def read_folder(folder: Path, name: str) -> Checkpoint:

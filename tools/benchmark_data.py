@@ -36,6 +36,7 @@ from data_modules.decode import decode_sample
 from data_modules.shards import InstanceEntry, ShardIndex, ShardWriter
 from data_modules.stream import StreamLoader, one_thread
 from data_modules.transforms import mattes, pictures
+from lit_matting.files import write_whole
 from lit_matting.targets import targets_for
 
 SIZE, BATCH = 512, 16
@@ -310,10 +311,7 @@ def main() -> int:
         **beyond,
     }
     result["checked"] = {name: {"found": value, "promised": PROMISED[name]} for name, value in checked.items()}
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = settings.out.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, settings.out)
+    write_whole((json.dumps(result, indent=2) + "\n").encode(), settings.out)
     for title in ("ms", "ratios"):
         for name, value in result[title].items():
             print(f"{name:40} {value:8.3f}{' ms per sample' if title == 'ms' else ''}")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lit_matting.files import write_whole
 from lit_matting.metrics import functional
 
 Matte = NDArray[np.uint8]
@@ -189,11 +190,9 @@ def main() -> int:
                 f" {promised:8.0f}x {row['difference']:11.1e}{'' if kept else '  NOT KEPT'}"
             )
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = options.out.with_name(options.out.name + ".part")
         settings = {"height": options.height, "width": options.width, "repeats": options.repeats}
-        temporary.write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")
-        os.replace(temporary, options.out)
+        content = json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n"
+        write_whole(content.encode(), options.out)
     return 0 if good else 1
 
 

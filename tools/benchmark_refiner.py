@@ -42,6 +42,7 @@ from torch import Tensor, nn
 if not __package__:  # run as a file: the repository's root holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lit_matting.files import write_whole
 from lit_matting.sparse import ActiveSet, SubmanifoldConv2d, gather, scatter
 
 WIDTHS = (8, 32, 32, 32, 1)
@@ -370,10 +371,7 @@ def write_between_markers(path: Path, text: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(text.encode(), path)
 
 
 def _processor() -> str:

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_matting.checks import InputError
-from lit_matting.metrics.report import figure, markdown_table, to_json, write_atomic
+from lit_matting.files import write_whole
+from lit_matting.metrics.report import figure, markdown_table, to_json
 
 IDENTITY = ("key", "instance", "kind", "prompt")
 HIGHER_IS_BETTER = ("found", "strict", "soft_iou")
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "draws": options.draws,
             "results": results,
         }
-        write_atomic(options.out, to_json(content))
+        write_whole(to_json(content), options.out)
     return 0
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from data_modules.decode import decode_sample
 from data_modules.shards import ShardIndex
+from lit_matting.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
@@ -160,9 +161,8 @@ def draw(checkpoint: Path, index: Path, path: Path) -> Path:
         sheet.paste(head, (left, 0))
         for place, row in enumerate(rows[column * len(rows) // 2 : (column + 1) * len(rows) // 2]):
             sheet.paste(row, (left, head.height + place * row.height))
-    temporary = path.with_suffix(".part.png")
-    sheet.save(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
     return path
 
 

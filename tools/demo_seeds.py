@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_matting.files import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/RESULTS.md"
 
@@ -95,9 +97,7 @@ def write(experiment: str) -> None:
     text = DOCUMENT.read_text()
     head, rest = text.split(start)
     tail = rest.split(end)[1]
-    temporary = DOCUMENT.with_suffix(".part")
-    temporary.write_text(f"{head}{start}\n{table(experiment)}\n{end}{tail}")
-    os.replace(temporary, DOCUMENT)
+    write_whole(f"{head}{start}\n{table(experiment)}\n{end}{tail}".encode(), DOCUMENT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

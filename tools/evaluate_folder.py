@@ -29,8 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_matting.checks import InputError
+from lit_matting.files import write_whole
 from lit_matting.metrics import functional
-from lit_matting.metrics.report import environment, figure, markdown_table, to_csv, to_json, write_atomic
+from lit_matting.metrics.report import environment, figure, markdown_table, to_csv, to_json
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 ERRORS = ("sad", "mse", "mad", "grad", "conn")
@@ -229,9 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{about}\n\n{table(means)}")
     if options.out:
         report = {"statement": about, "settings": settings, "means": means, "failed": failed, "versions": environment()}
-        write_atomic(options.out / "per_sample.csv", to_csv(rows))
-        write_atomic(options.out / "report.md", f"{about}\n\n# Mattes against truth\n\n{table(means)}\n".encode())
-        write_atomic(options.out / "report.json", to_json(report))
+        write_whole(to_csv(rows), options.out / "per_sample.csv")
+        write_whole(f"{about}\n\n# Mattes against truth\n\n{table(means)}\n".encode(), options.out / "report.md")
+        write_whole(to_json(report), options.out / "report.json")
     return 1 if failed else 0
 
 

@@ -14,7 +14,6 @@ import argparse
 import base64
 import html
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from data_modules.decode import DecodedImage, decode_sample
 from data_modules.shards import RawSample, SampleError, ShardIndex
 from data_modules.transforms import resize
 from lit_matting.checks import InputError
+from lit_matting.files import write_whole
 
 SOFT_OF_OUTLINE = 1.75
 """An alpha with fewer soft pixels than this for each pixel of its outline is a hard mask: a mask that was shrunk has
@@ -232,10 +232,7 @@ def write_sheet(path: Path, tiles: Sequence[str]) -> None:
         "max-width:180px}figcaption{padding-top:4px;overflow-wrap:anywhere}i{color:#777}"
     )
     text = f'<!doctype html><meta charset="utf-8"><title>Contact sheet</title><style>{style}</style>{"".join(tiles)}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(text.encode(), path)
 
 
 def describe(found: Findings) -> str:

@@ -8,7 +8,6 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,17 +46,6 @@ BASELINE_NAMES = {
     "perfect_all": "perfect matte of all objects",
     "perfect_random": "perfect matte of one, blindly",
 }
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(content: Any) -> bytes:

@@ -63,6 +63,16 @@ def test_batches_hold_the_pictures_and_alphas_that_their_keys_name(pictures: Pic
         assert batch.has_alpha.all()
 
 
+def test_batch_says_how_many_rows_hold_the_same_image(pictures: Pictures) -> None:
+    path = str(pictures("a", 11))
+    (two,) = stream(1, {"a": ShardSource(path, batch_size=6, phrases_per_image=2)})
+    assert two.phrases_per_image == 2
+    assert torch.equal(two.image[::2], two.image[1::2])
+    # five rows of two, two and one: no step fits them all
+    (uneven,) = stream(1, {"a": ShardSource(path, batch_size=5, phrases_per_image=2)})
+    assert uneven.phrases_per_image == 1
+
+
 def test_one_epoch_shows_every_image_once_before_any_is_shown_again(pictures: Pictures) -> None:
     path = pictures("a", 12)
     batches = stream(6, {"a": ShardSource(str(path), batch_size=4)})

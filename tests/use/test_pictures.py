@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from lit_matting.checks import InputError
-from lit_matting.picture_files import encode_picture, write_whole
+from lit_matting.files import write_whole
+from lit_matting.picture_files import encode_picture
 from lit_matting.pictures import background_colours, colour_values, read_photo
 
 RAMP = np.stack(

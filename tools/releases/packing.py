@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data_modules.shards import InstanceEntry, ShardFile, ShardInfo, sample_members, write_index
 from lit_matting.checks import InputError
+from lit_matting.files import write_whole
 from tools.releases.pixels import (
     BadFile,
     png_size,
@@ -334,6 +335,4 @@ def _info(entry: dict[str, Any] | None) -> ShardInfo:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(json.dumps(value).encode(), path)
