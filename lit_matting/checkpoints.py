@@ -42,8 +42,10 @@ class Checkpoint:
     """Side, in pixels, of the square the network sees."""
     threshold: float | None = None
     """The confidence below which the phrase's thing is not there, where that was calibrated."""
+    frozen: dict[str, str] = field(default_factory=dict)
+    """Part of the backbone that is not among the weights -> SHA-256 of the weights it must have."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What else the checkpoint says about itself: backbone, hash, step."""
+    """What else the checkpoint says about itself: backbone, step."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> Checkpoint:
@@ -76,13 +78,14 @@ def read_checkpoint(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> 
     known = list(inspect.signature(MattingNetwork).parameters)
     network = {name: _plain(arguments[name]) for name in known if name in arguments}
     check_classes(network, trust)
-    origin = {key: _plain(value) for key, value in about.items() if key not in ("image_size", "threshold")}
+    origin = {key: _plain(value) for key, value in about.items() if key not in ("image_size", "threshold", "frozen")}
     origin["step"] = content.get("global_step")
     return Checkpoint(
         network=network,
         weights={name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)},
         image_size=int(about.get("image_size") or arguments["image_size"]),
         threshold=about.get("threshold"),
+        frozen=_plain(about.get("frozen", {})),
         origin=origin,
     )
 
@@ -189,6 +192,7 @@ def build_network(checkpoint: Checkpoint, trust: Sequence[str] = ()) -> MattingN
             f"this version of lit_matting cannot build the network that the checkpoint describes: {reason}"
         ) from error
     load_weights(network, checkpoint.weights)
+    network.backbone.check_frozen(checkpoint.frozen, "the checkpoint")
     return network.eval().requires_grad_(False)
 
 

@@ -150,6 +150,7 @@ class LitMatting(pl.LightningModule):
                 f"`trainer.precision` must be 32-true, bf16-mixed or 16-mixed, got {precision}: the losses, the refiner"
                 " and the attention probabilities stay in float32."
             )
+        self.network.backbone.frozen_hashes()  # now: a strategy may spread the weights over processes later
 
     def configure_optimizers(self) -> Any:
         probe = self.make_optimizer([nn.Parameter(torch.zeros(1))])
@@ -256,7 +257,20 @@ class LitMatting(pl.LightningModule):
                 checkpoint[key] = {
                     name: value for name, value in checkpoint[key].items() if not name.startswith(frozen)
                 }
-        checkpoint["lit_matting"] = {"backbone": self.network.backbone.name, "image_size": self.image_size}
+        backbone = self.network.backbone
+        checkpoint["lit_matting"] = {
+            "backbone": backbone.name,
+            "frozen": backbone.frozen_hashes(),
+            "image_size": self.image_size,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the backbone's frozen parts are those the checkpoint was trained with.
+
+        Raises:
+            InputError: If they are not.
+        """
+        self.network.backbone.check_frozen(checkpoint.get("lit_matting", {}).get("frozen", {}), "the checkpoint")
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; keys of the backbone's frozen parts may be missing, anything else may not.
@@ -291,6 +305,11 @@ class LitMatting(pl.LightningModule):
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise InputError(f"`model.initial_weights`: {path!r} holds no `state_dict`; give a checkpoint of a run.")
         self.load_state_dict(checkpoint["state_dict"])
+        try:
+            about = checkpoint.get("lit_matting", {})
+            self.network.backbone.check_frozen(about.get("frozen", {}), f"`model.initial_weights` {path!r}")
+        except InputError as error:  # a beginning, not a result: what follows can learn the difference
+            log.warning("%s", error)
         log.info("started from the weights of %s", path)
 
 

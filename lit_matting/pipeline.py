@@ -381,8 +381,11 @@ class MattingPipeline(ModelHubMixin):
             notes: Further text.
         """
         origin = {} if self._source is None else self._source.origin
+        frozen = {} if self._source is None else self._source.frozen
         about = {
             "Backbone": self.network.backbone.name,
+            "Its frozen parts, not in this folder": ", ".join(f"{name} (SHA-256 {sha})" for name, sha in frozen.items())
+            or None,
             **{key.replace("_", " ").capitalize(): value for key, value in origin.items() if key != "backbone"},
             "Input of the network": f"{self.image_size} x {self.image_size} pixels; the matte has the image's own size",
             "Confidence threshold": "not calibrated" if self.threshold is None else f"{self.threshold:.4f}",

@@ -52,6 +52,7 @@ def read_folder(folder: Path, name: str) -> Checkpoint:
             weights=load_file(weights),
             image_size=int(about["image_size"]),
             threshold=about["threshold"],
+            frozen=dict(about.get("frozen", {})),
             origin=dict(about["origin"]),
         )
     except SafetensorError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,27 @@ class Backbone(nn.Module, ABC):
         return dict(self._frozen_hashes)
 
     _frozen_hashes: dict[str, str] | None = None
+
+    def check_frozen(self, hashes: Mapping[str, str], what: str) -> None:
+        """Check that the frozen parts are those that ``what``, a checkpoint, was trained with.
+
+        Args:
+            hashes: What :meth:`frozen_hashes` said when it was written; parts that are not frozen here are passed over,
+                since their weights are in the checkpoint or are missed there.
+            what: Names the checkpoint in the error.
+
+        Raises:
+            InputError: If a part has other weights; the message names the parts.
+        """
+        known = self.frozen_hashes() if hashes else {}
+        other = [name for name, value in hashes.items() if known.get(name, value) != value]
+        if other:
+            sums = ", ".join(f"{name} {known[name][:8]} instead of {hashes[name][:8]}" for name in other)
+            raise InputError(
+                f"{what} belongs to a backbone with another {' and another '.join(other)} than {self.name} has (SHA-256"
+                f" {sums}): give the weights it was trained with as `model.backbone`'s `pretrained`, in the same"
+                " `frozen_precision`."
+            )
 
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode everywhere but in the frozen parts."""

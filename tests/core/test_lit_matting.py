@@ -323,6 +323,34 @@ def test_checkpoint_leaves_frozen_parts_out_and_names_the_backbone(
     assert len(kept) < len(model.state_dict())
     assert checkpoint["lit_matting"]["backbone"] == "FrozenStem"
     assert checkpoint["lit_matting"]["image_size"] == 32
+    assert checkpoint["lit_matting"]["frozen"] == model.network.backbone.frozen_hashes()
+
+
+def test_checkpoint_of_another_frozen_part_is_refused_and_one_of_the_same_is_not(
+    make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    model, path = make_model(backbone=FrozenStem()), tmp_path / "a.ckpt"
+    saved(model, make_trainer, make_batch(), path)
+    torch.manual_seed(5)
+    other = make_model(backbone=FrozenStem())
+    with pytest.raises(InputError, match=r"the checkpoint belongs to a backbone with another image_encoder than Froz"):
+        make_trainer().fit(other, loader(make_batch()), ckpt_path=path, weights_only=True)
+    other.network.backbone.image_encoder.load_state_dict(model.network.backbone.image_encoder.state_dict())
+    other.network.backbone._frozen_hashes = None
+    make_trainer(max_steps=2).fit(other, loader(make_batch()), ckpt_path=path, weights_only=True)
+
+
+def test_stage_that_starts_from_weights_of_another_frozen_part_says_so(
+    make_model: MakeModel,
+    make_trainer: MakeTrainer,
+    make_batch: MakeBatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved(make_model(backbone=FrozenStem()), make_trainer, make_batch(), tmp_path / "a.ckpt")
+    torch.manual_seed(5)
+    make_model(backbone=FrozenStem(), initial_weights=str(tmp_path / "a.ckpt"))
+    assert "another image_encoder" in caplog.text
 
 
 def test_checkpoint_of_a_stage_keeps_what_only_the_stage_froze(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,10 +16,14 @@ import torch
 import yaml
 
 from data_modules.shards import InstanceEntry, ShardWriter
-from lit_matting.checkpoints import build_network, check_classes, read_checkpoint, store_threshold
+from lit_matting.backbones import StableDiffusion
+from lit_matting.checkpoints import Checkpoint, build_network, check_classes, read_checkpoint, store_threshold
 from lit_matting.checks import InputError
 from lit_matting.cli import main
 from lit_matting.module import LitMatting
+from lit_matting.networks.matting_network import MattingNetwork
+from lit_matting.pipeline import MattingPipeline
+from lit_matting.sharing import read_folder, write_folder
 
 
 @pytest.fixture
@@ -152,6 +158,31 @@ def test_weights_that_do_not_fit_are_named(altered: Callable[..., Path]) -> None
 
     with pytest.raises(InputError, match=r"1 are missing \(first: grounding_head.offset\), 0 are unexpected"):
         build_network(read_checkpoint(altered(fewer)))
+
+
+def test_weights_for_another_frozen_backbone_are_refused_from_a_checkpoint_and_from_a_folder(tmp_path: Path) -> None:
+    from tiny_models import TINY_TEXT, TINY_UNET, TINY_VAE
+
+    parts = {"unet": TINY_UNET, "vae": TINY_VAE, "text_encoder": TINY_TEXT}
+    (tmp_path / "tiny.json").write_text(json.dumps(parts))
+    backbone = {
+        "class_path": "lit_matting.backbones.StableDiffusion",
+        "init_args": {"pretrained": None, "architecture": str(tmp_path / "tiny.json")},
+    }
+    network = MattingNetwork(StableDiffusion(**backbone["init_args"]), refiner=None)
+    hashes = network.backbone.frozen_hashes()
+    assert set(hashes) == {"image_encoder", "text_encoder"}
+    frozen = tuple(f"backbone.{name}." for name in hashes)
+    weights = {name: value for name, value in network.state_dict().items() if not name.startswith(frozen)}
+    source = Checkpoint({"backbone": backbone, "refiner": None}, weights, 64, frozen=hashes)
+    write_folder(source, tmp_path / "shared")
+    assert read_folder(tmp_path / "shared", "shared").frozen == hashes
+    MattingPipeline.from_pretrained(tmp_path / "shared")
+
+    other = {**hashes, "text_encoder": "0" * 64}
+    write_folder(dataclasses.replace(source, frozen=other), tmp_path / "shared")
+    with pytest.raises(InputError, match=r"another text_encoder than StableDiffusion\(.*instead of 00000000\): give"):
+        MattingPipeline.from_pretrained(tmp_path / "shared")
 
 
 def test_a_stored_threshold_is_read_back_and_changes_nothing_else(
