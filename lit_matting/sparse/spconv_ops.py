@@ -5,7 +5,8 @@ What spconv 2.3.8 needs to be told, all found by comparison with the PyTorch bac
 - coordinates are int32 and *contiguous*: anything else is read as if it were, without an error;
 - weights are (O, kh, kw, I), except that a 1x1 kernel is used as (I, O): such layers are a matrix product here;
 - no bf16 kernels, and no empty sets; under autocast it would cast fp32 to fp16 by itself, which is switched off;
-- on a CPU the forward pass is exact with one thread only and the backward pass does not exist: for tests.
+- on a CPU the forward pass is exact with one thread only and the backward pass does not exist: for tests. Its CPU build
+  bears the same name as the others and has nothing for CUDA.
 """
 
 from __future__ import annotations
@@ -32,10 +33,19 @@ def installed() -> bool:
     return importlib.util.find_spec("spconv") is not None
 
 
+@lru_cache(maxsize=1)
+def computes_on_cuda() -> bool:
+    """Whether the installed build has CUDA kernels; it is imported to find out."""
+    from spconv.cppconstants import CPU_ONLY_BUILD
+
+    return not CPU_ONLY_BUILD
+
+
 def chosen(backend: str, features: Tensor) -> bool:
     """Whether spconv computes this call.
 
-    'auto' takes it for CUDA features of fp16 or fp32 when it is installed. An empty set is left to the PyTorch backend.
+    'auto' takes it for CUDA features of fp16 or fp32 when its CUDA build is installed. An empty set is left to the
+    PyTorch backend.
 
     Raises:
         ValueError: If 'spconv' was asked for and cannot do it.
@@ -43,9 +53,12 @@ def chosen(backend: str, features: Tensor) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return features.is_cuda and features.dtype in DTYPES and len(features) > 0 and installed()
+        fits = features.is_cuda and features.dtype in DTYPES and len(features) > 0
+        return fits and installed() and computes_on_cuda()
     if not installed():
         raise ValueError("`backend` is 'spconv' but that package is not installed (pip install 'lit_matting[spconv]').")
+    if features.is_cuda and not computes_on_cuda():
+        raise ValueError("`backend` is 'spconv' but its CPU build is installed (pip install 'lit_matting[spconv]').")
     if features.dtype not in DTYPES:
         raise ValueError(f"`backend` 'spconv' computes in fp16 or fp32, got {features.dtype} (take backend='torch').")
     return len(features) > 0

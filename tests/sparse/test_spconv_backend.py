@@ -16,7 +16,7 @@ from lit_matting.sparse import ActiveSet, InverseConv2d, SparseConv2d, Submanifo
 ROOT = Path(__file__).resolve().parents[2]
 needs_spconv = pytest.mark.skipif(
     importlib.util.find_spec("spconv") is None,
-    reason="needs spconv (pip install spconv on a CPU, '.[spconv]' for CUDA)",
+    reason="needs spconv (pip install '.[dev]' on x86-64 Linux, '.[spconv]' for CUDA)",
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,6 +30,11 @@ LAYERS = [
     lambda backend: InverseConv2d(16, 24, kernel_size=2, backend=backend),
 ]
 SHAPES = [((1, 1, 1), 1.0), ((1, 1, 7), 0.7), ((2, 41, 33), 0.3), ((1, 8, 8), 1.0), ((2, 5, 5), 0.0)]
+
+
+def needs_cuda_build() -> None:
+    if not spconv_ops.computes_on_cuda():
+        pytest.skip("needs the CUDA build of spconv (pip install '.[spconv]')")
 
 
 def compare(device: str, dtype: torch.dtype, tolerance: float, gradients: bool) -> None:
@@ -73,6 +78,7 @@ def test_values_on_a_cpu_equal_the_torch_backend_in_one_thread() -> None:
 @needs_cuda
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2)])
 def test_values_and_gradients_on_cuda_equal_the_torch_backend(dtype: torch.dtype, tolerance: float) -> None:
+    needs_cuda_build()
     compare("cuda", dtype, tolerance, gradients=True)
 
 
@@ -96,6 +102,7 @@ def test_torch_backend_on_cuda_equals_the_cpu() -> None:
 
 def test_the_backend_follows_device_dtype_and_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spconv_ops, "installed", lambda: True)
+    monkeypatch.setattr(spconv_ops, "computes_on_cuda", lambda: True)
 
     class OnCuda:
         is_cuda = True
@@ -115,6 +122,11 @@ def test_the_backend_follows_device_dtype_and_wish(monkeypatch: pytest.MonkeyPat
     assert spconv_ops.chosen("spconv", torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"fp16 or fp32, got torch\.bfloat16"):
         spconv_ops.chosen("spconv", OnCuda(torch.bfloat16))
+    # the CPU build, which the development extra installs, must not be taken on a GPU
+    monkeypatch.setattr(spconv_ops, "computes_on_cuda", lambda: False)
+    assert not spconv_ops.chosen("auto", OnCuda(torch.float32))
+    with pytest.raises(ValueError, match="its CPU build is installed"):
+        spconv_ops.chosen("spconv", OnCuda(torch.float32))
 
 
 def test_asking_for_spconv_without_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
