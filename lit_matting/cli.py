@@ -102,6 +102,8 @@ def run_trainer(arguments: list[str]) -> int:
                     )
 
         def before_instantiate_classes(self) -> None:
+            if self.subcommand in ("validate", "test", "predict"):
+                self.config[self.subcommand].model.teacher = None  # only training asks it
             self._say_which_weights()
 
         def _say_which_weights(self) -> None:

@@ -27,6 +27,7 @@ from lit_matting.networks.refiner import SparseRefiner
 from lit_matting.optimization import Cosine, LearningRateSchedule, parameter_groups
 from lit_matting.records import MattingBatch, MattingOutput
 from lit_matting.targets import MattingTargets, targets_for
+from lit_matting.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class LitMatting(pl.LightningModule):
             but the backbone's own frozen parts.
         trimap_kernel: Kernel of the target trimap, in pixels of the network's input; null scales 15 at 512.
         initial_weights: Checkpoint whose weights to start from (the previous stage); optimizer and steps start anew.
+        teacher: Checkpoint of the network to distil from. The student starts from its weights, block by block, unless
+            ``initial_weights`` says otherwise; only training reads it.
     """
 
     def __init__(
@@ -73,12 +76,14 @@ class LitMatting(pl.LightningModule):
         trainable: list[str] | None = None,
         trimap_kernel: int | None = None,
         initial_weights: str | None = None,
+        teacher: str | None = None,
     ) -> None:
         super().__init__()
         # Under the command line the hyperparameters are the plain config that built the parts. Without it they would be
         # the built modules themselves, pickled a second time into every checkpoint: nothing is saved then.
         if _given_hyperparameters.get() is not None:
-            self.save_hyperparameters(ignore=["initial_weights"])  # where a run began is no part of the model
+            # where a run began and who taught it is no part of the model
+            self.save_hyperparameters(ignore=["initial_weights", "teacher"])
         self.network = MattingNetwork(
             backbone,
             neck,
@@ -100,8 +105,11 @@ class LitMatting(pl.LightningModule):
         self.trimap_kernel = trimap_kernel
         self.strict_loading = False  # frozen parts are not in checkpoints; load_state_dict checks the rest itself
         self._freeze()
+        self.teacher = None if teacher is None else Teacher.from_checkpoint(teacher, self.network)
         if initial_weights is not None:
             self._start_from(initial_weights)
+        elif self.teacher is not None:
+            self.teacher.start(self.network)
         self.val_score = ReferringScore(baselines=False)
         names = ("alpha", "alpha_lr", "trimap", "grounding")
         self.test_scores = nn.ModuleDict({name: ReferringScore(baselines=name == "alpha") for name in names})
@@ -116,6 +124,19 @@ class LitMatting(pl.LightningModule):
                     f"`model.losses.{name}` ({type(term).__name__}) scores the refiner, but `model.refiner` is null:"
                     f" give a refiner or drop the term."
                 )
+
+    def _check_teacher(self) -> None:
+        taught = [name for name, term in self.objective.terms.items() if term.needs_teacher]
+        if taught and self.teacher is None:
+            raise InputError(
+                f"`model.losses.{taught[0]}` compares with a teacher: add --model.teacher CKPT, a checkpoint of the"
+                " trained network."
+            )
+        if self.teacher is not None and not taught:
+            raise InputError(
+                "`model.teacher` is given, but none of the losses compares with it: add a distillation term, or start"
+                " from its weights by `model.initial_weights`."
+            )
 
     def _freeze(self) -> None:
         if self.trainable is None:
@@ -144,6 +165,8 @@ class LitMatting(pl.LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._check_teacher()
         precision = self.trainer.precision
         if precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise InputError(
@@ -151,6 +174,10 @@ class LitMatting(pl.LightningModule):
                 " and the attention probabilities stay in float32."
             )
         self.network.backbone.frozen_hashes()  # now: a strategy may spread the weights over processes later
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
 
     def configure_optimizers(self) -> Any:
         probe = self.make_optimizer([nn.Parameter(torch.zeros(1))])
@@ -193,14 +220,19 @@ class LitMatting(pl.LightningModule):
 
     def training_step(self, batch: MattingBatch, batch_index: int) -> Tensor:
         refine = self.refining
+        latent = None if self.teacher is None else self.teacher.latent(self.network, batch)
         output = self.network(
             batch.image,
             batch.prompts,
             refine=refine,
             detail=batch.detail,
             phrases_per_image=batch.phrases_per_image,
+            latent=latent,
         )
-        total, values = self.objective(output, self.targets(batch, output))
+        targets = self.targets(batch, output)
+        if self.teacher is not None:
+            targets = dataclasses.replace(targets, teacher=self.teacher(batch, output, latent))
+        total, values = self.objective(output, targets)
         if not refine and self.network.refiner is not None:
             # the refiner waits for its turn, but distributed training must see its parameters
             idle = [*self.network.refiner.parameters(), *self.network.project.parameters()]

@@ -189,3 +189,5 @@ class MattingOutput(_TensorRecord):
     """Cross-attention by layer name, each (B, h_l, w_l), averaged over heads and over the phrase's own words."""
     features: Tensor | None = None
     """(B, C, h, w): the neck's features; the student is distilled towards them."""
+    pyramid: dict[int, Tensor] = field(default_factory=dict)
+    """Stride in pixels -> the backbone's features (B, C_s, H / s, W / s); only of a training step."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_matting.checks import check_shape
+from lit_matting.records import MattingOutput
 
 REFERENCE_SIZE = 512
 """The input size, in pixels, that the paper states its kernel of 15 pixels for."""
@@ -137,6 +138,8 @@ class MattingTargets:
     """(B, 1, h, w) in [0, 1]: area mean of the alpha over the latent cells, also the soft grounding target."""
     has_phrase: Tensor
     """(B,) bool: False where a sample comes without words to ground."""
+    teacher: MattingOutput | None = None
+    """What a teacher says about the same images and phrases, where a student is distilled."""
 
 
 def targets_for(

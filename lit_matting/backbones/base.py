@@ -132,6 +132,14 @@ class Backbone(nn.Module, ABC):
                 " `frozen_precision`."
             )
 
+    def blocks_from(self, teacher: Backbone) -> dict[str, str]:
+        """Return module of this backbone -> module of a larger one that does the same work there.
+
+        A student takes its first weights from there, and its examples. What is not named has the same name in both.
+        Parameters and attention layers are looked up by the longest name they begin with.
+        """
+        return {}
+
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode everywhere but in the frozen parts."""
         super().train(mode)

@@ -78,6 +78,20 @@ def pruned_config(config: Mapping[str, Any], pruning: Pruning) -> dict[str, Any]
     return result
 
 
+def pruning_between(config: Mapping[str, Any], student: Mapping[str, Any]) -> Pruning:
+    """Return which pruning of a UNet leaves the blocks that another, smaller one has, whatever the widths.
+
+    Args:
+        config: Of the whole UNet.
+        student: Of the other one.
+    """
+    return Pruning(
+        layers_per_block=_layers(student)[0],
+        mid_block=student["mid_block_type"] is not None,
+        levels=len(student["block_out_channels"]),
+    )
+
+
 def block_map(config: Mapping[str, Any], pruning: Pruning) -> dict[str, str]:
     """Return module of the pruned UNet -> module of the whole one that it takes its weights from.
 

@@ -20,7 +20,7 @@ from lit_matting.backbones.attention import AttentionStore, record_cross_attenti
 from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
 from lit_matting.backbones.image import DTYPES, ImageEncoder, Precision, VAEEncoder
 from lit_matting.backbones.loading import load_parts
-from lit_matting.backbones.pruning import Pruning, block_map, prune
+from lit_matting.backbones.pruning import Pruning, block_map, prune, pruning_between
 from lit_matting.backbones.text import MAX_TOKENS, CLIPEncoder, TextAdapter, TextEncoder
 from lit_matting.checks import InputError
 
@@ -125,6 +125,13 @@ class DiffusionBackbone(Backbone):
         if self.unet.config.class_embed_type == "projection":
             return {"class_labels": text.pooled.to(self.unet.conv_in.weight.dtype)}
         return {}
+
+    def blocks_from(self, teacher: Backbone) -> dict[str, str]:
+        if not isinstance(teacher, DiffusionBackbone):
+            return {}
+        blocks = block_map(teacher.unet.config, pruning_between(teacher.unet.config, self.unet.config))
+        # attention layers are named inside the UNet, parameters from the backbone on
+        return {**blocks, **{f"unet.{name}": f"unet.{source}" for name, source in blocks.items()}}
 
     def frozen_modules(self) -> dict[str, nn.Module]:
         parts: dict[str, nn.Module] = {}

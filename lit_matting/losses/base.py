@@ -26,6 +26,8 @@ class LossTerm(nn.Module, ABC):
 
     needs: tuple[str, ...] = ()
     """Fields of :class:`MattingOutput` that the term reads; the model says which are missing before it trains."""
+    needs_teacher: bool = False
+    """Whether the term compares with a teacher's output, ``targets.teacher``."""
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

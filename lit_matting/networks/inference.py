@@ -40,4 +40,4 @@ def matte_at_native_size(
         latent = latent.expand(len(phrases), *latent.shape[1:])
         image = image.expand(len(phrases), *image.shape[1:])
     output = network.matte(image, latent, text)
-    return dataclasses.replace(output, alpha=output.alpha.clamp(0, 1))
+    return dataclasses.replace(output, alpha=output.alpha.clamp(0, 1), pyramid={})

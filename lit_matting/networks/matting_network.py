@@ -63,6 +63,7 @@ class MattingNetwork(nn.Module):
         refine: bool = True,
         detail: Detail | None = None,
         phrases_per_image: int = 1,
+        latent: Tensor | None = None,
     ) -> MattingOutput:
         """Return everything about each (image, phrase) pair.
 
@@ -72,6 +73,7 @@ class MattingNetwork(nn.Module):
             refine: Run the refiner; otherwise the alpha is the enlarged low-resolution one.
             detail: Native-resolution crops to refine instead of the image itself (training of the refiner).
             phrases_per_image: Rows ``[k P, (k + 1) P)`` hold the same image: it is encoded once for all of them.
+            latent: The B / P images encoded, where that is already known.
 
         Raises:
             ValueError: If the number of phrases is not B, B is no multiple of P, or a side does not suit the backbone.
@@ -82,7 +84,8 @@ class MattingNetwork(nn.Module):
                 f" multiple of {phrases_per_image}; got {len(phrases)}."
             )
         self.backbone.check_size(*image.shape[-2:])
-        latent = self.backbone.encode_image(image[::phrases_per_image])
+        if latent is None:
+            latent = self.backbone.encode_image(image[::phrases_per_image])
         if phrases_per_image > 1:
             latent = latent.repeat_interleave(phrases_per_image, 0)
         return self.matte(image, latent, self.backbone.encode_text(phrases), refine, detail)
@@ -116,6 +119,7 @@ class MattingNetwork(nn.Module):
             active=() if refined is None else refined.active,
             attention=attention,
             features=features,
+            pyramid=seen.features,
         )
 
 

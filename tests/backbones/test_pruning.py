@@ -12,7 +12,7 @@ from tiny_models import save_tiny_pipeline, tiny_unet
 
 from lit_matting.backbones import Backbone, StableDiffusion
 from lit_matting.backbones.architecture import read_architecture
-from lit_matting.backbones.pruning import Pruning, block_map, mapped, prune, pruned_config
+from lit_matting.backbones.pruning import Pruning, block_map, mapped, prune, pruned_config, pruning_between
 from lit_matting.checks import InputError
 
 STUDENTS = {
@@ -144,3 +144,23 @@ def test_fewer_levels_end_the_pyramid_earlier(folder: Path) -> None:
 def test_what_cannot_be_pruned_is_refused(pruning: Pruning, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prune(tiny_unet(), pruning)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_two_unets_say_what_was_pruned_between_them(name: str) -> None:
+    config = read_architecture("sd21")["unet"]
+    student = pruned_config(config, STUDENTS[name])
+    student.setdefault("mid_block_type", "UNetMidBlock2DCrossAttn")
+    assert block_map(config, pruning_between(config, student)) == block_map(config, STUDENTS[name])
+
+
+def test_a_students_backbone_finds_its_blocks_in_its_teachers(folder: Path) -> None:
+    teacher, student = (StableDiffusion(str(folder), pruning=pruning) for pruning in (None, STUDENTS["tiny"]))
+    blocks = student.blocks_from(teacher)
+    assert {key: value for key, value in blocks.items() if not key.startswith("unet.")} == student.teacher_blocks
+    weights = teacher.state_dict()
+    trained = [name for name in student.state_dict() if name.startswith("unet.")]
+    for name in trained:
+        assert torch.equal(student.state_dict()[name], weights[mapped(name, blocks)]), name
+    # and a backbone of another kind has none
+    assert student.blocks_from(teacher.text_encoder) == {}
