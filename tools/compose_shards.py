@@ -2,9 +2,9 @@
 
     python tools/compose_shards.py CUTOUTS BACKGROUNDS OUTPUT --train-images 2000 --val-images 200
 
-Each image holds 2 or 3 cut-outs on a background, composited by the matting equation. Each instance has its visible
-alpha, and phrases by name, by position and by relation that are true of it alone. No cut-out and no background is in
-both splits.
+Each image holds 2 or 3 cut-outs (--objects) on a background, composited by the matting equation. Each instance has its
+visible alpha, and phrases by name, by position and by relation that are true of it alone. No cut-out and no background
+is in both splits.
 
     OUTPUT/train.index.json  train-000000.tar ...   what data_modules.ShardSource reads
     OUTPUT/val.index.json    val-000000.tar ...
@@ -83,10 +83,12 @@ def compose(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     wanted = {"train": arguments.train_images, "val": arguments.val_images}
     for split, images in wanted.items():
-        if images and (len(cutout_ids[split]) < 2 or not background_ids[split]):
+        fewest = min(arguments.objects)
+        if images and (len(cutout_ids[split]) < fewest or not background_ids[split]):
             raise InputError(
                 f"{split} would have {len(cutout_ids[split])} cut-outs and {len(background_ids[split])} backgrounds and"
-                f" needs at least 2 and 1: change --val-share or --background-val-share, or set --{split}-images 0."
+                f" needs at least {fewest} and 1: change --val-share or --background-val-share, or set"
+                f" --{split}-images 0."
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
@@ -269,7 +271,14 @@ def build_parser() -> argparse.ArgumentParser:
     _share(group, "--background-val-share", 0.2, "of the backgrounds go to val")
 
     group = parser.add_argument_group("the images")
-    group.add_argument("--objects", type=int, nargs="+", default=[2, 3], choices=(2, 3), help="cut-outs in one image")
+    group.add_argument(
+        "--objects",
+        type=int,
+        nargs="+",
+        default=[2, 3],
+        choices=(1, 2, 3),
+        help="cut-outs in one image, drawn among these numbers; one alone is large, as in a portrait (default: 2 3)",
+    )
     _share(group, "--similar-share", 0.15, "of the images hold two things of similar name, told apart by position only")
     _share(group, "--min-visible", 0.6, "of every instance's alpha stays visible")
     _share(group, "--min-area", 0.008, "of the image is what every instance covers at least")

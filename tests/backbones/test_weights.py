@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,40 @@ def put_hub(monkeypatch: pytest.MonkeyPatch, cached: dict[str, Path] = {}, onlin
 # --- finding ------------------------------------------------------------------------------------
 
 
+def without_sums(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Take the known SHA-256 sums of a named model away: the tiny model that stands in for it has others."""
+    mirrors = tuple(replace(mirror, sha256={}) for mirror in NAMED[name].mirrors)
+    monkeypatch.setitem(NAMED, name, replace(NAMED[name], mirrors=mirrors))
+
+
+def test_every_first_mirror_is_pinned_and_all_but_sd_turbo_have_sums_of_every_weight_file() -> None:
+    for name, entry in NAMED.items():
+        assert re.fullmatch(r"[0-9a-f]{40}", entry.mirrors[0].revision or ""), name
+        files = {
+            f"{part}/{'model' if part.startswith('text') else 'diffusion_pytorch_model'}.safetensors"
+            for part in entry.parameters
+        }
+        for mirror in entry.mirrors:
+            assert set(mirror.sha256) == (set() if name == "sd_turbo" else files), mirror.repository
+            assert all(re.fullmatch(r"[0-9a-f]{64}", value) for value in mirror.sha256.values())
+
+
+def test_only_the_sums_of_needed_parts_are_compared(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the autoencoder of a model whose UNet was never downloaded
+    (tmp_path / "vae").symlink_to(folder / "vae")
+    sums = {
+        "vae/diffusion_pytorch_model.safetensors": file_sha256(folder / "vae" / "diffusion_pytorch_model.safetensors"),
+        "unet/diffusion_pytorch_model.safetensors": "0" * 64,
+    }
+    monkeypatch.setitem(NAMED, "mine", NamedWeights("sd21", "none", (Mirror("a/b", sha256=sums),), {}))
+    put_hub(monkeypatch, cached={"a/b": tmp_path})
+    assert find_weights("mine", parts=("vae",)) == tmp_path
+
+
 def test_a_cached_mirror_is_taken_before_anything_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_sums(monkeypatch, "sd21")
     hub = put_hub(
         monkeypatch,
         cached={"stabilityai/stable-diffusion-2-1": folder},
@@ -74,6 +108,7 @@ def test_a_cached_mirror_is_taken_before_anything_is_downloaded(folder: Path, mo
 def test_a_mirror_that_lacks_a_part_is_passed_over(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_sums(monkeypatch, "sd21")
     (tmp_path / "unet").symlink_to(folder / "unet")
     put_hub(
         monkeypatch,

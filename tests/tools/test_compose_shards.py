@@ -279,6 +279,19 @@ def test_a_cutout_that_its_frame_cut_stands_on_the_images_border(made: tuple[Pat
     assert seen > 0
 
 
+def test_one_object_alone_fills_more_of_the_image_and_is_called_by_name_only(
+    sources: tuple[Path, Path], made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    manifest = _run(sources, tmp_path / "out", "--objects", "1")
+    assert all(len(record["instances"]) == 1 for record in manifest["images"])
+    alone = [record["instances"][0] for record in manifest["images"]]
+    assert {phrase["kind"] for item in alone for phrase in item["phrases"]} == {"basic"}
+    assert all(item["visible"] > 0.98 for item in alone)  # nothing hides it; 8 bits round
+    shared = [item for record in made[1]["images"] for item in record["instances"]]
+    # the sides grow by 1.45, so the areas by about 2; the caps for large cut-outs take some of it back
+    assert np.mean([item["area"] for item in alone]) > 1.5 * np.mean([item["area"] for item in shared])
+
+
 def test_a_name_with_a_side_in_it_is_never_flipped(made: tuple[Path, dict[str, Any]]) -> None:
     items = [item for record in made[1]["images"] for item in record["instances"]]
     assert {item["flipped"] for item in items if item["cutout"] == "c06"} == {False}

@@ -98,8 +98,10 @@ def choose_scale(
         return max(spans) * rng.uniform(1.03, 1.1)
     # an object that the frame cut was close to the camera
     low, high = (0.45, 0.85) if cut else (0.32, 0.72)
-    if count > 2:
-        low, high = 0.85 * low, 0.85 * high
+    if count != 2:
+        # what a photograph is of fills it; three have to share
+        factor = 1.45 if count == 1 else 0.85
+        low, high = factor * low, factor * high
     target = rng.uniform(low, high) * size
     # long thin things would otherwise be nothing but thin
     length = max(height, width) ** 0.7 * np.sqrt(height * width) ** 0.3

@@ -122,7 +122,7 @@ def choose_group(pool: list[str], count: int, with_similar: bool, plan: Plan) ->
     def has_room(name: str) -> bool:
         return name not in group and not (_spans(plan.cuts[name]) and any(_spans(plan.cuts[one]) for one in group))
 
-    if with_similar:
+    if with_similar and count > 1:
         group += [name for name in pool[1:] if has_room(name) and name in plan.similar[group[0]]][:1]
     for name in pool[1:]:
         if len(group) >= count:
@@ -161,7 +161,7 @@ def make_image(plan: Plan, task: Task) -> Made:
     by_id = {cutout.id: cutout for cutout in plan.cutouts[task.split]}
     group = list(task.group)
     for _ in range(_GROUPS):
-        for _ in range(_LAYOUTS if len(group) > 1 else 0):
+        for _ in range(_LAYOUTS if len(group) >= min(plan.counts) else 0):
             members = [by_id[name] for name in group]
             scene = _attempt(plan, members, task.split, rng)
             if scene is not None:

@@ -141,6 +141,8 @@ def shared_noun(name: str, others: list[str]) -> str | None:
 def absolute_positions(i: int, geometry: tuple[Geometry, ...]) -> list[str]:
     """Which of left, right, middle, top, bottom is true of instance i alone, by a clear margin."""
     me, others = geometry[i], [item for j, item in enumerate(geometry) if j != i]
+    if not others:
+        return []  # a place tells nothing apart where there is one thing
     found = []
     if me.x < 0.48 and all(me.x + POSITION_MARGIN <= other.x for other in others):
         found.append("left")

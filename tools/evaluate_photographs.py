@@ -1,0 +1,291 @@
+"""Score a checkpoint on real photographs with a true alpha, beside what cannot read, and write the table down.
+
+    python tools/evaluate_photographs.py --checkpoint outputs/compact/last.ckpt --data ../shared/data/real_alpha
+
+DATA is a folder with an `index.json`: a list of {"id", "image", "alpha", "expressions", ...}. Every expression of a
+photograph is asked once, at the photograph's own size; errors are averaged over its expressions, then over the
+photographs of a group (the part of the id before the first `_`). Beside the model stand mattes that need no model:
+nothing, everything, and the mean alpha of all the *other* photographs of the group, which knows where photographers put
+things. Two rows show whether the phrase is read: the same photographs asked for "the foreground", and asked with the
+phrases of the photograph before.
+
+    --pictures FOLDER   a sheet for each photograph: image, trimap, matte, cut-out, and the truth (do not publish those
+                        of photographs whose licence does not allow it)
+    --report FILE       the report.json of `python -m lit_matting test`, for the table of the unseen cut-outs
+    --document FILE     write the tables between the markers of `--name` in this file, for example docs/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+if not __package__:  # run as a file: the repository's root holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lit_matting.checks import InputError
+from lit_matting.files import whole_file, write_whole
+from lit_matting.metrics import functional
+from lit_matting.metrics.referring import soft_iou
+from lit_matting.metrics.report import markdown_table, to_csv, to_json
+from lit_matting.pipeline import MattingPipeline
+from lit_matting.targets import scaled_kernel, trimap_from_alpha
+
+ERRORS = {"mae": "MAE", "band_mae": "band MAE", "soft_iou": "soft IoU"}
+BLIND = ("nothing", "everything", "the mean alpha of the others")
+FOREGROUND = "the foreground"
+PUBLISHED = {
+    "U2Net, saliency": {"am": 0.115, "p3m": 0.032},
+    "U2NetP, saliency": {"am": 0.083, "p3m": 0.049},
+    "closed-form matting with the true trimap": {"am": 0.012},
+}
+"""Mean absolute errors that ../shared/data/README.md states for the same photographs; not measured by this script."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One photograph of the index."""
+
+    id: str
+    image: Path
+    alpha: Path
+    phrases: tuple[str, ...]
+    licence_class: str
+
+    @property
+    def group(self) -> str:
+        """The part of the id before the first underscore."""
+        return self.id.split("_")[0]
+
+
+def read_index(folder: Path) -> list[Example]:
+    """Return the photographs of a folder.
+
+    Raises:
+        InputError: If there is no index, or an entry lacks something.
+    """
+    try:
+        entries = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        examples = [
+            Example(
+                entry["id"],
+                folder / entry["image"],
+                folder / entry["alpha"],
+                tuple(entry["expressions"]),
+                entry.get("licence_class", "unstated"),
+            )
+            for entry in entries
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"`--data`: {folder} needs an index.json with id, image, alpha and expressions: {error!r}."
+        ) from error
+    if not examples or not all(example.phrases for example in examples):
+        raise InputError(f"`--data`: {folder} has no photographs, or one without expressions.")
+    return examples
+
+
+def read_alpha(path: Path) -> np.ndarray:
+    """Return an alpha (H, W) float32 in [0, 1]."""
+    array = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if array is None:
+        raise InputError(f"{path} cannot be read as an image.")
+    return array.astype(np.float32) / 255
+
+
+def errors_of(matte: np.ndarray, alpha: np.ndarray, band: np.ndarray) -> dict[str, float]:
+    """Return the errors of a matte (H, W) against the true alpha (H, W), ``band`` (H, W) bool being its transition."""
+    return {
+        "mae": functional.mad(matte, alpha),
+        "band_mae": functional.mad(matte, alpha, band),
+        "soft_iou": soft_iou(torch.from_numpy(matte)[None], torch.from_numpy(alpha)[None]).item(),
+    }
+
+
+def band_of(alpha: np.ndarray) -> np.ndarray:
+    """Return the transition band (H, W) bool of a true alpha, as the score card draws it."""
+    trimap = trimap_from_alpha(torch.from_numpy(alpha)[None, None], scaled_kernel(max(alpha.shape)))
+    return (trimap[0, 0] == 0.5).numpy()
+
+
+def score(pipeline: MattingPipeline, examples: Sequence[Example], pictures: Path | None) -> list[dict[str, Any]]:
+    """Return one row for each photograph, method and phrase."""
+    alphas = {example.id: read_alpha(example.alpha) for example in examples}
+    rows: list[dict[str, Any]] = []
+    for number, example in enumerate(tqdm(examples, unit="photograph", disable=None)):
+        alpha = alphas[example.id]
+        band = band_of(alpha)
+        others = [alphas[one.id] for one in examples if one.group == example.group and one is not example]
+        size = alpha.shape[::-1]
+        shrunk = [cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in others]
+        mean = np.mean(shrunk, axis=0, dtype=np.float32) if shrunk else np.full_like(alpha, 0.5)
+        mattes: list[tuple[str, str, np.ndarray]] = [
+            ("nothing", "", np.zeros_like(alpha)),
+            ("everything", "", np.ones_like(alpha)),
+            ("the mean alpha of the others", "", mean),
+        ]
+        seen = pipeline.encode(example.image)
+        wrong = examples[number - 1].phrases
+        asked = {"model": example.phrases, FOREGROUND: (FOREGROUND,), "the phrases of another photograph": wrong}
+        for method, phrases in asked.items():
+            results = pipeline(seen, list(phrases))
+            mattes += [(method, result.phrase, result.alpha) for result in results]
+            if method == "model" and pictures is not None:
+                write_sheet(results, alpha, pictures / f"{example.id}.png")
+        for method, phrase, matte in mattes:
+            rows.append(
+                {
+                    "key": example.id,
+                    "group": example.group,
+                    "method": method,
+                    "phrase": phrase,
+                    **errors_of(matte, alpha, band),
+                }
+            )
+    return rows
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return method -> group -> error, each photograph counting alike however many phrases it has."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for group in dict.fromkeys(row["group"] for row in rows):
+            mine = [row for row in rows if row["method"] == method and row["group"] == group]
+            keys = list(dict.fromkeys(row["key"] for row in mine))
+            result.setdefault(method, {})[group] = {
+                error: float(np.mean([np.mean([row[error] for row in mine if row["key"] == key]) for key in keys]))
+                for error in ERRORS
+            }
+    return result
+
+
+def photograph_table(table: dict[str, dict[str, dict[str, float]]], counts: dict[str, int], model: str) -> str:
+    """Return the means as a Markdown table, published figures last."""
+    header = [""] + [f"{count} {group}: {title}" for group, count in counts.items() for title in ERRORS.values()]
+    titles = {
+        "model": f"{model}, by phrase",
+        FOREGROUND: f"{model}, asked for “{FOREGROUND}”",
+        "the phrases of another photograph": f"{model}, asked with another photograph's phrases",
+    }
+    order = [name for name in table if name not in BLIND] + [name for name in table if name in BLIND]
+    rows = [
+        [titles.get(name, name), *(f"{table[name][group][error]:.3f}" for group in counts for error in ERRORS)]
+        for name in order
+    ]
+    for name, figures in PUBLISHED.items():
+        if set(figures) <= set(counts):
+            cells = [
+                f"{figures[group]:.3f}" if error == "mae" and group in figures else ""
+                for group in counts
+                for error in ERRORS
+            ]
+            rows.append([f"*{name} (stated in shared/data/README.md)*", *cells])
+    return markdown_table(header, rows)
+
+
+def unseen_table(report: dict[str, Any]) -> str:
+    """Return the score card of the test run: the matte, what it is made from, and the blind baselines."""
+    cards = report["scores"]
+    names = {"all_zero": "nothing", "perfect_all": "everything, perfectly", "perfect_random": "one thing, blindly"}
+    tables = {name: card["overall"] for name, card in cards.items()}
+    tables |= {f"*{names[name]}*": card["overall"] for name, card in cards["alpha"]["baselines"].items()}
+    shown = {
+        "grounding_accuracy": "grounding accuracy",
+        "strict_accuracy": "strict",
+        "swap_accuracy": "swap",
+        "soft_iou": "soft IoU",
+        "sad": "SAD",
+        "band_mae": "band MAE",
+    }
+    rows = [[name, *(_cell(card.get(key)) for key in shown)] for name, card in tables.items()]
+    return markdown_table(["", *shown.values()], rows)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.3f}"
+
+
+def write_sheet(results: Sequence[Any], alpha: np.ndarray, path: Path) -> None:
+    """Write a picture of one photograph: for each phrase image, trimap, matte, cut-out on green; the truth last."""
+    height = 240
+    rows = []
+    for result in results:
+        picture = result.photo.as_float()
+        cut = picture * result.alpha[..., None] + np.array([0.1, 0.7, 0.2]) * (1 - result.alpha[..., None])
+        tiles = [picture, result.trimap, result.alpha, cut, alpha]
+        rows.append(np.concatenate([_tile(tile, height) for tile in tiles], axis=1))
+    with whole_file(path) as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")
+
+
+def _tile(array: np.ndarray, height: int) -> np.ndarray:
+    array = np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    width = max(1, round(array.shape[1] * height / array.shape[0]))
+    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def write_between_markers(text: str, name: str, document: Path) -> None:
+    """Put text between the markers of a name in a document.
+
+    Raises:
+        InputError: If the document has no such markers.
+    """
+    start, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    whole = document.read_text(encoding="utf-8")
+    if whole.count(start) != 1 or whole.count(end) != 1:
+        raise InputError(f"`--document`: {document} needs the lines {start} and {end} once each.")
+    head, rest = whole.split(start)
+    write_whole(f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}".encode(), document)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score the photographs; see the module."""
+    parser = argparse.ArgumentParser(prog="evaluate_photographs.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of `python -m lit_matting fit`")
+    parser.add_argument("--data", type=Path, required=True, help="folder with index.json")
+    parser.add_argument("--report", type=Path, help="report.json of `python -m lit_matting test`, to show as well")
+    parser.add_argument("--out", type=Path, help="folder for photographs.json and photographs.csv")
+    parser.add_argument("--pictures", type=Path, help="folder for a picture of each photograph")
+    parser.add_argument("--document", type=Path, help="write the tables between the markers of `--name` in it")
+    parser.add_argument("--name", default="compact", help="of the markers, and of the model in the table")
+    options = parser.parse_args(arguments)
+    try:
+        examples = read_index(options.data)
+        pipeline = MattingPipeline.from_checkpoint(options.checkpoint)
+        rows = score(pipeline, examples, options.pictures)
+        table = means(rows)
+        groups = [example.group for example in examples]
+        counts = {group: groups.count(group) for group in dict.fromkeys(groups)}
+        command = " ".join(["python", "tools/evaluate_photographs.py", *(arguments or sys.argv[1:])])
+        text = f"`{command}`\n\n{photograph_table(table, counts, options.name)}"
+        if options.report:
+            report = json.loads(options.report.read_text())
+            count = report["scores"]["alpha"]["overall"]["count"]
+            text = f"{count} phrases on unseen cut-outs\n\n{unseen_table(report)}\n\nReal photographs: {text}"
+        if options.document:
+            write_between_markers(text, options.name, options.document)
+    except (InputError, OSError) as error:
+        print(f"evaluate_photographs: error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    if options.out:
+        write_whole(to_csv(rows), options.out / "photographs.csv")
+        write_whole(to_json({"means": table, "counts": counts, "command": command}), options.out / "photographs.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
