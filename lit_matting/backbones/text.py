@@ -43,6 +43,18 @@ class TextEncoder(nn.Module, ABC):
     def forward(self, phrases: Sequence[str]) -> TextFeatures:
         """Return the features of phrases."""
 
+    def spell(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+        """Return phrases as numbers, by name, each (B, ...) on the CPU: what :meth:`read` takes.
+
+        Raises:
+            InputError: If the encoder does not tell its numbers from its features.
+        """
+        raise InputError(f"{type(self).__name__} cannot be exported: it has no `spell` and `read`.")
+
+    def read(self, **numbers: Tensor) -> TextFeatures:
+        """Return the features of spelled phrases, computed from tensors alone: what an exported graph holds."""
+        raise InputError(f"{type(self).__name__} cannot be exported: it has no `spell` and `read`.")
+
 
 class TextAdapter(nn.Module):
     """A learned correction of frozen text features, ``c + gamma MLP(c)`` with gamma starting at 1e-4 (VPD)."""
@@ -325,14 +337,20 @@ class CLIPEncoder(FrozenTextEncoder):
     def encode(self, phrases: list[str]) -> tuple[TextFeatures, Sequence[bool]]:
         words = self.words(phrases)
         device = next(self.model.parameters()).device
-        ids, ends = words.ids.to(device), words.ends.to(device)
-        with torch.autocast(device.type, enabled=False):
+        return self.read(ids=words.ids.to(device), ends=words.ends.to(device)), words.cut
+
+    def spell(self, phrases: Sequence[str]) -> dict[str, Tensor]:
+        words = self.words([check_prompt(phrase) for phrase in phrases])
+        return {"ids": words.ids, "ends": words.ends}
+
+    def read(self, ids: Tensor, ends: Tensor) -> TextFeatures:  # type: ignore[override]
+        with torch.autocast(ids.device.type, enabled=False):
             states = self.model(input_ids=ids).last_hidden_state.float()
-        features = TextFeatures(
+        place = torch.arange(ids.shape[1], device=ids.device)
+        return TextFeatures(
             tokens=states,
-            words=words.words.to(device),
-            valid=words.valid.to(device),
+            words=(place > 0) & (place < ends[:, None]),
+            valid=place <= ends[:, None],
             # not the model's own pooled output: files of Stable Diffusion 2 name a wrong end token
-            pooled=states[torch.arange(len(ends), device=device), ends],
+            pooled=states[torch.arange(ends.shape[0], device=ids.device), ends],
         )
-        return features, words.cut

@@ -147,7 +147,9 @@ class WordEncoder(TextEncoder):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, phrases: Sequence[str]) -> TextFeatures:
-        device = self.position.device
+        return self.read(**{name: value.to(self.position.device) for name, value in self.spell(phrases).items()})
+
+    def spell(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         rows = torch.zeros(len(phrases), 2, self.max_tokens, dtype=torch.long)
         words = torch.zeros(len(phrases), self.max_tokens, dtype=torch.bool)
         for index, phrase in enumerate(phrases):
@@ -161,7 +163,9 @@ class WordEncoder(TextEncoder):
                 for which, table in enumerate(self.tables):
                     rows[index, which, place] = zlib.crc32(f"{which}{word}".encode()) % table.num_embeddings
             words[index, : len(spelled)] = True
-        rows, words = rows.to(device), words.to(device)
+        return {"rows": rows, "words": words}
+
+    def read(self, rows: Tensor, words: Tensor) -> TextFeatures:  # type: ignore[override]
         tokens = sum(table(rows[:, which]) for which, table in enumerate(self.tables)) + self.position
         tokens = self.norm(self.mixer(tokens, src_key_padding_mask=~words))
         share = words.to(tokens.dtype)[..., None]
