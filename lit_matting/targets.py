@@ -52,7 +52,7 @@ def ellipse_half_widths(kernel_size: int) -> tuple[int, ...]:
 
 
 def dilate(mask: Tensor, kernel_size: int) -> Tensor:
-    """Dilate a float mask (B, 1, H, W) of zeros and ones by an elliptical kernel; outside the image is 0.
+    """Dilate a mask (B, 1, H, W), bool or zeros and ones, by an elliptical kernel; outside the image is 0.
 
     A disc is not separable, but each of its rows is a line, and a longer line is a shorter one and two more shifts:
     about 4 k bytewise "or"s instead of k^2 comparisons of floats.
@@ -76,10 +76,12 @@ def dilate(mask: Tensor, kernel_size: int) -> Tensor:
 
 
 def erode(mask: Tensor, kernel_size: int) -> Tensor:
-    """Erode a float mask (B, 1, H, W) by an elliptical kernel; outside the image does not erode it.
+    """Erode a mask (B, 1, H, W), bool or float, by an elliptical kernel; outside the image does not erode it.
 
     An object cut by the image border is whole there: erosion must not invent a band along the border.
     """
+    if mask.dtype == torch.bool:
+        return ~dilate(~mask, kernel_size)
     return 1 - dilate(1 - mask, kernel_size)
 
 

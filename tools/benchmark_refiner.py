@@ -266,7 +266,7 @@ def print_peak(method: str, side: int, fraction: float, training: bool) -> None:
 
     def run(side: int, fraction: float) -> None:
         image, mask, background = inputs(side, fraction)
-        before = _status("VmRSS")
+        before = resident_bytes("VmRSS")
         # 5: forget the peak so far
         Path("/proc/self/clear_refs").write_text("5")
         if training:
@@ -274,7 +274,7 @@ def print_peak(method: str, side: int, fraction: float, training: bool) -> None:
         else:
             with torch.no_grad():
                 getattr(refiner, method)(image, mask, background)
-        peaks.append(_status("VmHWM") - before)
+        peaks.append(resident_bytes("VmHWM") - before)
 
     peaks: list[int] = []
     run(64, 0.1)  # libraries load themselves on first use
@@ -282,7 +282,8 @@ def print_peak(method: str, side: int, fraction: float, training: bool) -> None:
     print(peaks[-1])
 
 
-def _status(key: str) -> int:
+def resident_bytes(key: str) -> int:
+    """Return what Linux says of this process's memory: VmRSS now, VmHWM at most."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -358,15 +359,18 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Put text between this tool's two markers in a Markdown file, at its end if it has none; atomically."""
+def write_between_markers(
+    path: Path, text: str, markers: tuple[str, str] = (START, END), heading: str = "## Sparse refinement"
+) -> None:
+    """Put text between a tool's two markers in a Markdown file, at its end if it has none; atomically."""
     page = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n"
-    section = f"{START}\n{text}\n{END}"
-    if START in page and END in page:
-        before, rest = page.split(START, 1)
-        page = before + section + rest.split(END, 1)[1]
+    start, end = markers
+    section = f"{start}\n{text}\n{end}"
+    if start in page and end in page:
+        before, rest = page.split(start, 1)
+        page = before + section + rest.split(end, 1)[1]
     else:
-        page = f"{page.rstrip()}\n\n## Sparse refinement\n\n{section}\n"
+        page = f"{page.rstrip()}\n\n{heading}\n\n{section}\n"
     _write(path, page)
 
 
@@ -374,7 +378,8 @@ def _write(path: Path, text: str) -> None:
     write_whole(text.encode(), path)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -391,7 +396,7 @@ def run(
     report: dict[str, Any] = {
         "command": "python tools/benchmark_refiner.py",
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),

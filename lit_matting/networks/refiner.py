@@ -3,19 +3,35 @@
 A matte is 0 or 1 nearly everywhere. Upsampling the low-resolution alpha answers those pixels; the others, a band a few
 pixels wide around every boundary plus whatever is transparent, form the *active set*, and only they pass through a
 small sparse U-Net (after SparseMat, Sun et al. 2023). Time and memory follow the active pixels, not the image's area.
+
+Without gradients, what would take more memory than it may is worked in horizontal bands that overlap by what the U-Net
+sees. A row of a sparse layer has the same bits whatever other rows there are, and so has everything else here, so bands
+give exactly the alpha that one go gives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_matting.sparse import ActiveSet, InverseConv2d, SparseConv2d, SubmanifoldConv2d, gather, scatter
+from lit_matting.checks import InputError
+from lit_matting.networks.sampling import pixel_places, resample, resample_lines, sample_rows
+from lit_matting.networks.sparse_unet import SparseUNet
+from lit_matting.sparse import ActiveSet, gather, scatter
 from lit_matting.targets import REFERENCE_SIZE, dilate, erode, scaled_kernel
+
+FEATHER = 2
+"""Pixels from the border of the active set to where a correction counts in full."""
+MAP_PIXELS = 2**20
+"""Pixels whose activity is decided at a time."""
+PIXELS_PER_ACTIVE = 64
+"""A band's own maps take about as much memory for so many pixels as everything else for one active pixel."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,9 @@ class SparseRefiner(nn.Module):
             that is still in the wrong place harms grounding.
         train_images: Refine at most so many images of a training batch, the first ones; the others keep the enlarged
             alpha. The refiner learns from pixels, of which a few images hold plenty. None: all.
+        max_active_pixels: Active pixels worked at a time where no gradient is asked for, of all images of a batch
+            together; beyond, in bands, with exactly the same alpha. With the default widths an active pixel takes about
+            1 kB, so the default is 0.3 GB. None: no limit.
     """
 
     def __init__(
@@ -63,8 +82,11 @@ class SparseRefiner(nn.Module):
         trimap_range: tuple[float, float] = (0.25, 0.75),
         detach_inputs: bool = True,
         train_images: int | None = None,
+        max_active_pixels: int | None = 2**18,
     ) -> None:
         super().__init__()
+        if max_active_pixels is not None and max_active_pixels < 1:
+            raise InputError(f"`max_active_pixels` must be at least 1, or null for no limit, got {max_active_pixels}.")
         self.feature_channels = feature_channels
         self.half_scale_above = half_scale_above
         self.max_long_edge = max_long_edge
@@ -73,6 +95,7 @@ class SparseRefiner(nn.Module):
         self.trimap_range = trimap_range
         self.detach_inputs = detach_inputs
         self.train_images = train_images
+        self.max_active_pixels = max_active_pixels
         in_channels = 3 + 1 + 1 + feature_channels
         names = ("full_scale",) if half_scale_above is None else ("half_scale", "full_scale")
         self.scales = nn.ModuleDict({name: SparseUNet(in_channels, widths, blocks) for name in names})
@@ -138,32 +161,93 @@ class SparseRefiner(nn.Module):
         box: Tensor | None,
         long_edge: int,
     ) -> tuple[Tensor, Tensor]:
-        mask = self.active_pixels(alpha, resample(trimap, image.shape[-2:], box), long_edge)
+        mask = self._mask(alpha, trimap, box, long_edge)
         if self.training and self.train_images is not None:
             mask[self.train_images :] = False
+        if not torch.is_grad_enabled():
+            self._in_bands(unet, image, alpha, mask, trimap, features, box)
+            return alpha, mask
         active = ActiveSet.from_mask(mask)
         if len(active) == 0:
             if self.training:
                 # nothing to do, but distributed training waits for these gradients
                 alpha = alpha + 0.0 * (features.sum() + sum(parameter.sum() for parameter in unet.parameters()))
             return alpha, mask
-        fade = feather(mask)
-        at = pixel_places(active, image.shape[-2:], box)
+        rows = self._rows(unet, active, image, alpha, trimap, features, pixel_places(active, mask.shape[1:], box))
+        return scatter(rows, active, alpha), mask
+
+    @torch.no_grad()
+    def _mask(self, alpha: Tensor, trimap: Tensor, box: Tensor | None, long_edge: int) -> Tensor:
+        """Return the active pixels (B, H, W); decided for a few lines at a time, to hold few maps of the whole size."""
+        batch, _, height, width = alpha.shape
+        margin = self._kernel(long_edge) // 2
+        mask = torch.empty((batch, height, width), dtype=torch.bool, device=alpha.device)
+        step = max(MAP_PIXELS // (batch * width), 2 * margin)
+        for first in range(0, height, step):
+            end = min(first + step, height)
+            top, bottom = max(first - margin, 0), min(end + margin, height)
+            lines = resample_lines(trimap, (height, width), top, bottom, box)
+            part = self.active_pixels(alpha[:, :, top:bottom], lines, long_edge)
+            mask[:, first:end] = part[:, first - top : end - top]
+        return mask
+
+    def _in_bands(
+        self,
+        unet: SparseUNet,
+        image: Tensor,
+        alpha: Tensor,
+        mask: Tensor,
+        trimap: Tensor,
+        features: Tensor,
+        box: Tensor | None,
+    ) -> None:
+        """Refine ``alpha`` (B, 1, H, W) in place, in as few bands as the budget allows."""
+        batch, height, width = mask.shape
+        halo = unet.halo()
+        halo = (max(halo[0], FEATHER), max(halo[1], FEATHER))
+        per_line = (mask.sum((0, 2)) + batch * width / PIXELS_PER_ACTIVE).tolist()
+        bands = plan_bands(per_line, self.max_active_pixels, halo)
+        above = alpha[:, :, :0]
+        for band, following in zip(bands, [*bands[1:], None]):
+            # the lines above are refined already, but every band starts from what they were before
+            source = alpha[:, :, band.first : band.bottom]
+            if above.shape[2]:
+                source = torch.cat([above, source], 2)
+            if following is not None:
+                above = source[:, :, following.top - band.top : band.end - band.top].clone()
+            active = ActiveSet.from_mask(mask[:, band.top : band.bottom])
+            if len(active) == 0:
+                continue
+            places = pixel_places(active, (height, width), box, band.top)
+            rows = self._rows(unet, active, image[:, :, band.top : band.bottom], source, trimap, features, places)
+            refined = scatter(rows, active, source)
+            alpha[:, :, band.first : band.end] = refined[:, :, band.first - band.top : band.end - band.top]
+
+    def _rows(
+        self,
+        unet: SparseUNet,
+        active: ActiveSet,
+        image: Tensor,
+        alpha: Tensor,
+        trimap: Tensor,
+        features: Tensor,
+        places: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """Return the refined alpha (N, 1) of the active pixels of an image, or of a band of it."""
         before = gather(alpha, active)
         inputs = torch.cat(
             [
                 2 * gather(image, active) - 1,
                 2 * before - 1,
-                2 * sample_rows(trimap, *at) - 1,
-                sample_rows(features, *at),
+                2 * sample_rows(trimap, *places) - 1,
+                sample_rows(features, *places),
             ],
             1,
         )
-        residual = torch.tanh(unet(inputs, active)) * gather(fade, active)
+        residual = torch.tanh(unet(inputs, active)) * gather(feather(active.mask), active)
         moved = before + residual
         # clamped going forward, transparent going backward: a pixel pushed beyond 1 must be able to come back
-        refined = moved + (moved.clamp(0, 1) - moved).detach()
-        return scatter(refined, active, alpha), mask
+        return moved + (moved.clamp(0, 1) - moved).detach()
 
     def active_pixels(self, alpha: Tensor, trimap: Tensor, long_edge: int | None = None) -> Tensor:
         """Return the pixels to refine, (B, H, W) bool: a dilation of where alpha or trimap is undecided.
@@ -175,60 +259,55 @@ class SparseRefiner(nn.Module):
         """
         uncertain = (alpha > self.alpha_range[0]) & (alpha < self.alpha_range[1])
         uncertain |= (trimap > self.trimap_range[0]) & (trimap < self.trimap_range[1])
+        return dilate(uncertain, self._kernel(long_edge or max(alpha.shape[-2:]))).squeeze(1)
+
+    def _kernel(self, long_edge: int) -> int:
         # beyond the reference size the enlarged maps' own blur grows with the image; the kernel need not
-        kernel = scaled_kernel(min(REFERENCE_SIZE, long_edge or max(alpha.shape[-2:])), self.kernel_size)
-        return dilate(uncertain.to(alpha.dtype), kernel).squeeze(1) > 0
+        return scaled_kernel(min(REFERENCE_SIZE, long_edge), self.kernel_size)
 
 
-class SparseUNet(nn.Module):
-    """Submanifold convolutions on the active pixels and on the active 2 x 2 blocks; zero at the start.
+@dataclass(frozen=True)
+class Band:
+    """Lines ``first`` to ``end - 1`` of an image, and lines ``top`` to ``bottom - 1``, which they depend on."""
+
+    first: int
+    end: int
+    top: int
+    bottom: int
+
+
+def plan_bands(costs: Sequence[float], budget: float | None, halo: tuple[int, int]) -> list[Band]:
+    """Cut an image into as few bands as possible; one that costs more than the budget has a single line.
 
     Args:
-        in_channels: Channels of an active pixel.
-        widths: Channels of the fine and of the coarse level.
-        blocks: Residual blocks on the coarse level.
+        costs: Of every line.
+        budget: What a band with its halo may cost; None: anything.
+        halo: Lines above and below that a line depends on.
+
+    Example:
+        >>> plan_bands([1.0] * 10, 7, (2, 1))
+        [Band(first=0, end=6, top=0, bottom=7), Band(first=6, end=10, top=4, bottom=10)]
     """
+    height = len(costs)
+    total = [0.0, *accumulate(costs)]
 
-    def __init__(self, in_channels: int, widths: tuple[int, int] = (32, 64), blocks: int = 2) -> None:
-        super().__init__()
-        fine, coarse = widths
-        self.enter = SubmanifoldConv2d(in_channels, fine)
-        self.down = SparseConv2d(fine, coarse)
-        self.blocks = nn.ModuleList(SparseBlock(coarse) for _ in range(blocks))
-        self.up = InverseConv2d(coarse, fine)
-        self.join = SubmanifoldConv2d(2 * fine, fine)
-        self.narrow = SubmanifoldConv2d(fine, max(8, fine // 2))
-        self.leave = SubmanifoldConv2d(max(8, fine // 2), 1, kernel_size=1)
-        # an untrained refiner is the identity
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+    def band(first: int, end: int) -> Band:
+        # a 2 x 2 block of the half resolution begins at an even line
+        top = max(first - halo[0], 0) // 2 * 2
+        return Band(first, end, top, min(end + halo[1], height))
 
-    def forward(self, rows: Tensor, active: ActiveSet) -> Tensor:
-        """Map rows (N, ``in_channels``) of the active pixels to corrections (N, 1)."""
-        fine = F.leaky_relu(self.enter(rows, active), 0.1)
-        coarse = F.leaky_relu(self.down(fine, active), 0.1)
-        for block in self.blocks:
-            coarse = block(coarse, active.strided())
-        back = F.leaky_relu(self.up(coarse, active), 0.1)
-        joined = F.leaky_relu(self.join(torch.cat([fine, back], 1), active), 0.1)
-        return self.leave(F.leaky_relu(self.narrow(joined, active), 0.1), active)
-
-
-class SparseBlock(nn.Module):
-    """Two submanifold convolutions with a residual connection, normalised per pixel.
-
-    Per pixel, not per batch: batch statistics would differ between ranks and with the number of active pixels.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.first = SubmanifoldConv2d(channels, channels)
-        self.second = SubmanifoldConv2d(channels, channels)
-
-    def forward(self, rows: Tensor, active: ActiveSet) -> Tensor:
-        hidden = F.leaky_relu(self.first(self.norm(rows), active), 0.1)
-        return rows + self.second(hidden, active)
+    bands: list[Band] = []
+    while not bands or bands[-1].end < height:
+        best = band(bands[-1].end if bands else 0, height)
+        if budget is not None and total[best.bottom] - total[best.top] > budget:
+            best = band(best.first, best.first + 1)
+            while best.end < height:
+                longer = band(best.first, best.end + 1)
+                if total[longer.bottom] - total[longer.top] > budget:
+                    break
+                best = longer
+        bands.append(best)
+    return bands
 
 
 def feather(mask: Tensor) -> Tensor:
@@ -236,46 +315,8 @@ def feather(mask: Tensor) -> Tensor:
 
     The image's border is no border of the active set: nothing is pasted beyond it.
     """
-    inside = mask[:, None].float()
-    once = erode(inside, 3)
-    return 0.5 * (once + erode(once, 3))
-
-
-def resample(maps: Tensor, size: tuple[int, int], box: Tensor | None = None) -> Tensor:
-    """Resample maps (B, C, h, w) bilinearly to ``size``, or the part of them inside ``box`` (B, 4)."""
-    if box is None:
-        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-    top, left, height, width = box.to(maps.dtype).unbind(1)
-    y = (torch.arange(size[0], device=maps.device) + 0.5) / size[0] * height[:, None] + top[:, None]
-    x = (torch.arange(size[1], device=maps.device) + 0.5) / size[1] * width[:, None] + left[:, None]
-    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], -1)
-    return F.grid_sample(maps, 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def pixel_places(active: ActiveSet, size: tuple[int, int], box: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return image number (N,) and vertical and horizontal place (N,), in shares of the maps, of every active pixel."""
-    image, row, column = active.coordinates.long().unbind(1)
-    y, x = (row + 0.5) / size[0], (column + 0.5) / size[1]
-    if box is not None:
-        top, left, height, width = box.to(y.dtype)[image].unbind(1)
-        y, x = top + y * height, left + x * width
-    return image, y, x
-
-
-def sample_rows(maps: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Sample maps (B, C, h, w) bilinearly at N places and return rows (N, C).
-
-    The same values as enlarging the maps and gathering, without ever holding C full-size maps: at 24 megapixels those
-    would take 3 GB.
-    """
-    batch, channels, height, width = maps.shape
-    table = maps.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
-    y, x = (y * height - 0.5).clamp(0, height - 1), (x * width - 0.5).clamp(0, width - 1)
-    top, left = y.floor(), x.floor()
-    dy, dx = (y - top)[:, None], (x - left)[:, None]
-    top, left = top.long(), left.long()
-    bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
-    start = image * (height * width)
-    upper = torch.lerp(table[start + top * width + left], table[start + top * width + right], dx)
-    lower = torch.lerp(table[start + bottom * width + left], table[start + bottom * width + right], dx)
-    return torch.lerp(upper, lower, dy)
+    inside, weight = mask[:, None], torch.zeros(mask[:, None].shape, device=mask.device)
+    for _ in range(FEATHER):
+        inside = erode(inside, 3)
+        weight += inside
+    return weight.div_(FEATHER)

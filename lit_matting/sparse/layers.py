@@ -91,6 +91,10 @@ class SubmanifoldConv2d(_SparseLayer):
             return torch_ops.pointwise(features, weight, bias)
         return torch_ops.convolve(features, weight, bias, active.submanifold(self.kernel_size))
 
+    def reads(self, first: int, last: int) -> tuple[int, int]:
+        """The first and last line of input pixels that output lines ``first`` to ``last`` depend on."""
+        return first - self.kernel_size // 2, last + self.kernel_size // 2
+
 
 class SparseConv2d(_SparseLayer):
     """Convolution of stride 2 onto `ActiveSet.strided`: every 2x2 cell that holds an active pixel.
@@ -130,6 +134,14 @@ class SparseConv2d(_SparseLayer):
             return spconv_ops.downsample(features, weight, bias, active)
         return torch_ops.convolve(features, weight, bias, active.downsampling(self.kernel_size))
 
+    def reads(self, first: int, last: int) -> tuple[int, int]:
+        """The first and last line of input pixels that output lines ``first`` to ``last`` depend on.
+
+        Both lines of an output's own cell are among them: they decide whether it is active.
+        """
+        start = 2 * first - self.kernel_size // 3
+        return start, max(2 * last + 1, 2 * last - self.kernel_size // 3 + self.kernel_size - 1)
+
 
 class InverseConv2d(_SparseLayer):
     """The way back of `SparseConv2d`: from ``active.strided()`` to exactly the pixels of `active`.
@@ -160,3 +172,9 @@ class InverseConv2d(_SparseLayer):
             return spconv_ops.upsample(features, weight, bias, active)
         rulebook: Rulebook = active.downsampling(self.kernel_size).reversed()
         return torch_ops.convolve(features, weight, bias, rulebook)
+
+    def reads(self, first: int, last: int) -> tuple[int, int]:
+        """The first and last line of coarse pixels that fine lines ``first`` to ``last`` depend on."""
+        # tap i leads from coarse line y to fine line 2 y + i - kernel_size // 3
+        reach = self.kernel_size // 3
+        return -((self.kernel_size - 1 - reach - first) // 2), (last + reach) // 2

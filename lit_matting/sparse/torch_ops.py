@@ -8,8 +8,8 @@ Two ways to the same sum, whichever moves less memory:
   each output. For layers that shrink the channels, above all the last one, and for the way back from half resolution.
 
 No state outside of a call: buffers belong to the call, so any number of threads may compute at the same time. The bits
-of a row do not depend on how many other rows there are, so an image computed in overlapping bands gives exactly what it
-gives in one go.
+of a row do not depend on which other rows there are, because every matrix product of a layer has the same shape (the
+last one is filled up): so an image computed in overlapping bands gives exactly what it gives in one go.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ _BUFFER_BYTES = 640 * 1024
 _DEVICE_BUFFER_BYTES = 64 * 1024**2
 """The same on other devices: enough rows to fill them."""
 
-_POINTWISE_ROWS = 8192
-"""Rows of a 1x1 kernel at a time on a CPU."""
+_FEWEST_ROWS = 64
+"""Rows of a matrix product at least."""
 
-_ROW_MULTIPLE = 64
-"""Matrix products have a multiple of so many rows."""
+_MOST_ROWS = 1024
+"""The same at most on a CPU: a block of the rulebook, so that few are cut short."""
+
+_DEVICE_MOST_ROWS = 2**18
+"""The same on other devices."""
 
 
 def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, rulebook: Rulebook) -> Tensor:
@@ -153,10 +156,10 @@ def _apply(
 
 
 class _Product:
-    """``rows @ matrix + bias`` with the same bits for a row, however many rows there are.
+    """``rows @ matrix + bias`` with the same bits for a row, whatever other rows there are.
 
-    BLAS libraries take other kernels, which round differently, for few rows and for a single column: so rows are filled
-    up to a multiple of 64, and a single column gets a second one.
+    BLAS libraries take other kernels, which round differently, for other numbers of rows and for a single column. So
+    all products with one matrix have one number of rows, filled up with zeros, and a single column gets a second one.
     """
 
     def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
@@ -166,12 +169,15 @@ class _Product:
             bias = None if bias is None else pad(bias, (0, 1))
         self.matrix = matrix.contiguous()
         self.bias = bias
+        self.rows = _product_rows(self.matrix, self.matrix.shape[0])
 
     def into(self, out: Tensor, rows: Tensor) -> None:
         """Compute ``out`` (n, columns) from rows (n, K)."""
-        missing = -len(rows) % _ROW_MULTIPLE
-        if missing or self.columns == 1:
-            filled = pad(rows, (0, 0, 0, missing)) if missing else rows
+        if len(rows) > self.rows:
+            for part, target in zip(rows.split(self.rows), out.split(self.rows)):
+                self.into(target, part)
+        elif len(rows) < self.rows or self.columns == 1:
+            filled = pad(rows, (0, 0, 0, self.rows - len(rows)))
             out.copy_(self._compute(filled)[: len(rows), : self.columns])
         else:
             self._compute(rows, out)
@@ -182,11 +188,17 @@ class _Product:
         return result if self.bias is None else result.add_(self.bias)
 
 
+def _product_rows(like: Tensor, width: int) -> int:
+    """Rows of `width` numbers that are multiplied at a time: the largest power of two that the buffer holds."""
+    on_cpu = like.device.type == "cpu"
+    budget = _BUFFER_BYTES if on_cpu else _DEVICE_BUFFER_BYTES
+    fitting = budget // (max(width, 1) * like.element_size())
+    return min(max(1 << max(fitting, 1).bit_length() - 1, _FEWEST_ROWS), _MOST_ROWS if on_cpu else _DEVICE_MOST_ROWS)
+
+
 def _chunk_rows(rows: Tensor, reads: Reads) -> int:
-    """Outputs whose reads are gathered at a time: a power of two that the buffer holds, or a whole block."""
-    budget = _BUFFER_BYTES if rows.device.type == "cpu" else _DEVICE_BUFFER_BYTES
-    fitting = budget // (reads.table.shape[1] * rows.shape[1] * rows.element_size())
-    size = min(max(1 << max(fitting, 1).bit_length() - 1, _ROW_MULTIPLE), reads.block)
+    """Outputs whose reads are gathered at a time: those of one product, or a whole block."""
+    size = min(_product_rows(rows, reads.table.shape[1] * rows.shape[1]), reads.block)
     return size if len(reads.taken) < 2 or reads.block % size == 0 else reads.block
 
 
@@ -257,10 +269,7 @@ def _multiply_first(rows: Tensor, weight: Tensor, bias: Tensor | None, reads: Re
 def _apply_pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Rows (N, I) times weight (O, I)."""
     result = fresh(len(rows), len(weight), like=rows)
-    product = _Product(weight.t(), bias)
-    size = _POINTWISE_ROWS if rows.device.type == "cpu" else len(rows)
-    for start in range(0, len(rows), max(size, 1)):
-        product.into(result[start : start + size], rows[start : start + size])
+    _Product(weight.t(), bias).into(result, rows)
     return result
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_matting.networks.matting_network import enlarge
-from lit_matting.networks.refiner import SparseRefiner, feather, pixel_places, resample, sample_rows
+from lit_matting.networks.refiner import SparseRefiner, feather
+from lit_matting.networks.sampling import pixel_places, resample, sample_rows
 from lit_matting.sparse import ActiveSet, gather
 
 MakeRefiner = Callable[..., SparseRefiner]
@@ -72,6 +73,37 @@ def test_alpha_is_continuous_at_the_border_of_the_active_set(make_refiner: MakeR
     moved = (refined.alpha - before).abs()
     assert 0 < moved[second[:, None]].max() <= 0.5
     assert moved.max() > 0.5
+
+
+def test_trained_refiner_is_continuous_at_the_border_of_the_active_set(make_refiner: MakeRefiner, disc: Disc) -> None:
+    # taught a disc that ends where the active set does not: it would like to jump, and cannot
+    refiner = make_refiner(awake=False, half_scale_above=None).train()
+    alpha, trimap, features = maps(disc)
+    image = torch.rand(1, 3, 64, 64)
+    truth = (disc(64, x=0.62) > 0.5).float()
+    optimizer = torch.optim.Adam(refiner.parameters(), lr=0.03)
+    losses = []
+    for _ in range(25):
+        refined = refiner(image, alpha, trimap, features)
+        losses.append((refined.alpha - truth)[refined.active[0][:, None]].abs().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    refined = refiner.eval()(image, alpha, trimap, features)
+    before, after, active = enlarge(alpha, (64, 64)), refined.alpha, refined.active[0]
+    assert (after - before).abs().max() > 0.5
+    first = outermost(active)
+    second = outermost(active & ~first)
+    assert torch.equal(after[first[:, None]], before[first[:, None]])
+    assert (after - before).abs()[second[:, None]].max() <= 0.5
+    # from an active to an inactive neighbour alpha steps exactly as much as the enlarged alpha does
+    for axis in (1, 2):
+        crossing = active ^ active.roll(1, axis)
+        crossing.select(axis, 0).fill_(False)
+        steps = [(one - one.roll(1, axis + 1))[crossing[:, None]] for one in (after, before)]
+        assert len(steps[0]) > 50
+        assert torch.equal(*steps)
 
 
 def test_feather_rises_over_two_pixels_and_ignores_the_images_border() -> None:
