@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,12 @@ from lit_matting.backbones import Backbone, StableDiffusion
 from lit_matting.backbones.architecture import read_architecture
 from lit_matting.backbones.pruning import Pruning, block_map, mapped, prune, pruned_config, pruning_between
 from lit_matting.checks import InputError
+from lit_matting.losses import AttentionDistillation, FeatureDistillation, OutputDistillation
+from lit_matting.networks.matting_network import MattingNetwork
+from lit_matting.networks.neck import Neck
+from lit_matting.records import MattingBatch
+from lit_matting.targets import targets_for
+from lit_matting.teacher import Teacher
 
 STUDENTS = {
     "base": Pruning(layers_per_block=1),
@@ -164,3 +172,34 @@ def test_a_students_backbone_finds_its_blocks_in_its_teachers(folder: Path) -> N
         assert torch.equal(student.state_dict()[name], weights[mapped(name, blocks)]), name
     # and a backbone of another kind has none
     assert student.blocks_from(teacher.text_encoder) == {}
+
+
+@pytest.mark.parametrize("name", ["base", "tiny_mid"])
+def test_student_in_a_whole_network_is_taught_by_the_blocks_it_came_from(name: str, folder: Path) -> None:
+    torch.manual_seed(4)
+    teacher, student = (
+        MattingNetwork(StableDiffusion(str(folder), pruning=pruning), neck=partial(Neck, channels=16))
+        for pruning in (None, STUDENTS[name])
+    )
+    teaching = Teacher(teacher, student)
+    # one autoencoder and one text encoder serve both
+    assert teaching.shared == ("image_encoder", "text_encoder")
+    assert teaching.start(student) == 1
+    batch = MattingBatch(
+        image=torch.rand(1, 3, 64, 64),
+        target=torch.zeros(1, 1, 64, 64),
+        has_alpha=torch.tensor([True]),
+        prompts=("the red cat",),
+        prompt_kinds=("",),
+        keys=("a",),
+        instance=torch.tensor([0]),
+    )
+    latent = teaching.latent(student, batch)
+    output = student(batch.image, batch.prompts, refine=False, latent=latent)
+    theirs = teaching(batch, output, latent)
+    assert theirs.attention.keys() == output.attention.keys()
+    targets = replace(targets_for(batch.target, batch.has_alpha, (8, 8), (2, 2)), teacher=theirs)
+    for term in (OutputDistillation(), FeatureDistillation(), AttentionDistillation()):
+        value = term(output, targets)
+        assert value > 0
+        value.backward(retain_graph=True)
