@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from backbone_contract import BackboneContract
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from tiny_models import TINY_TEXT, TINY_VAE, save_tiny_pipeline, tiny_text_model, tiny_vae, write_tokenizer
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from tiny_models import (
+    TINY_TEXT,
+    TINY_VAE,
+    TINY_XL_UNET,
+    save_tiny_pipeline,
+    save_tiny_xl_pipeline,
+)
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -20,38 +25,11 @@ from lit_matting.backbones.pruning import Pruning
 from lit_matting.backbones.weights import NAMED
 from lit_matting.checks import InputError
 
-TINY_XL_UNET: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [16, 32, 64],
-    "norm_num_groups": 8,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 3],
-    "cross_attention_dim": 64,
-    "attention_head_dim": [2, 4, 8],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 32 + 6 * 8,
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("xl")
-    torch.manual_seed(1)
-    vocabulary = TINY_TEXT["vocab_size"]
-    ends = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": 0}
-    StableDiffusionXLPipeline(
-        vae=tiny_vae(),
-        text_encoder=tiny_text_model(hidden_act="quick_gelu"),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TINY_TEXT, **ends, projection_dim=32)).eval(),
-        tokenizer=write_tokenizer(path / "written_1", "<|endoftext|>"),
-        tokenizer_2=write_tokenizer(path / "written_2", "!"),
-        unet=UNet2DConditionModel(**TINY_XL_UNET),
-        scheduler=EulerDiscreteScheduler(),
-    ).save_pretrained(path)
+    save_tiny_xl_pipeline(path)
     return path
 
 

@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MERGES = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>")]
 
@@ -27,6 +35,23 @@ TINY_UNET: dict[str, Any] = {
     "upcast_attention": True,
 }
 """The topology of Stable Diffusion 2.1, every layer of it, at a twentieth of its width."""
+
+TINY_XL_UNET: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [16, 32, 64],
+    "norm_num_groups": 8,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 3],
+    "cross_attention_dim": 64,
+    "attention_head_dim": [2, 4, 8],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 32 + 6 * 8,
+}
+"""The topology of Stable Diffusion XL."""
 
 TINY_VAE: dict[str, Any] = {
     "in_channels": 3,
@@ -117,3 +142,19 @@ def save_tiny_pipeline(
     )
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def save_tiny_xl_pipeline(folder: Path) -> None:
+    """Save a whole Stable Diffusion XL with random weights, as diffusers does."""
+    torch.manual_seed(1)
+    vocabulary = TINY_TEXT["vocab_size"]
+    ends = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": 0}
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_text_model(hidden_act="quick_gelu"),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TINY_TEXT, **ends, projection_dim=32)).eval(),
+        tokenizer=write_tokenizer(folder / "written_1", "<|endoftext|>"),
+        tokenizer_2=write_tokenizer(folder / "written_2", "!"),
+        unet=UNet2DConditionModel(**TINY_XL_UNET),
+        scheduler=EulerDiscreteScheduler(),
+    ).save_pretrained(folder)
