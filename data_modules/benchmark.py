@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from data_modules.decode import decode_sample
 from data_modules.shard_reader import RawSample, ShardIndex
 from data_modules.source import read_captions
-from data_modules.stream import whole_batches
+from data_modules.stream import received, whole_batches
 from data_modules.transforms import full_view, mattes, pictures, show, show_target
 from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch
@@ -107,7 +107,7 @@ class BenchmarkLoader:
         )
 
     def __iter__(self) -> Iterator[MattingBatch]:
-        yield from self.loader
+        yield from received(self.loader)
 
     def __len__(self) -> int:
         return len(self.batches)

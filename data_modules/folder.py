@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data_modules.decode import decode_rgb
-from data_modules.stream import whole_batches
+from data_modules.stream import received, whole_batches
 from data_modules.transforms import pictures
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.records import MattingBatch
@@ -76,7 +76,7 @@ class FolderLoader:
         self.loader = whole_batches(_Photographs(name, questions), workers, prefetch)
 
     def __iter__(self) -> Iterator[MattingBatch]:
-        yield from self.loader
+        yield from received(self.loader)
 
     def __len__(self) -> int:
         return len(self.questions)

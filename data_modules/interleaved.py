@@ -182,6 +182,7 @@ class InterleavedDataModule(LightningDataModule):
         """Return the loader of the training stream, beginning where the last one stopped or the checkpoint says."""
         rank, world_size = self._rank()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        self._check_limit(accumulate)
         iteration, micro, used = self._position()
         if self._resumed:
             self._say_what_changed(world_size, accumulate)
@@ -210,6 +211,15 @@ class InterleavedDataModule(LightningDataModule):
         )
         self._seen_before = self._seen()
         return self._loader
+
+    def _check_limit(self, accumulate: int) -> None:
+        limit = 1.0 if self.trainer is None or self.trainer.fast_dev_run else self.trainer.limit_train_batches
+        # the trainer takes its step at the end of what it is limited to, be it in the middle of an iteration
+        if accumulate > 1 and (limit % accumulate if isinstance(limit, int) else limit != 1.0):
+            raise InputError(
+                f"`trainer.limit_train_batches` = {limit} does not divide by `trainer.accumulate_grad_batches` ="
+                f" {accumulate}, so that a step would mix data sets; set `data.epoch_iterations` instead."
+            )
 
     def _length(self, accumulate: int) -> int | None:
         if self.epoch_iterations is not None:
@@ -266,6 +276,7 @@ class InterleavedDataModule(LightningDataModule):
             "images_per_batch": dict(self._plan.images_per_batch),
             "samples": {name: len(reader.index) for name, reader in self._readers.items()},
             "seed": self.seed,
+            "workers": self.num_workers,
             "drawn": self.bad_samples.drawn,
             "bad": self.bad_samples.bad,
         }
@@ -293,6 +304,13 @@ class InterleavedDataModule(LightningDataModule):
                 " the batches are others than an unchanged run would have seen.",
                 before["iteration"],
                 ", ".join(changes),
+            )
+        elif before.get("workers", self.num_workers) != self.num_workers:
+            logger.warning(
+                "The stream goes on at iteration %d with %d -> %d workers: the batches are the same.",
+                before["iteration"],
+                before["workers"],
+                self.num_workers,
             )
         for name, count in before["samples"].items():
             if name in self._readers and len(self._readers[name].index) != count:

@@ -27,6 +27,16 @@ cream ivory khaki amber bronze copper rust burgundy mauve fuchsia aqua mint azur
 blond brunette ginger colored coloured colorful colourful reddish orangish yellowish greenish bluish purplish
 pinkish brownish blackish whitish greyish grayish
 """
+_PAIRS = """left right lefthand righthand leftmost rightmost leftward rightward leftside rightside leftest rightest
+lft rt l r west east"""
+_SWAPS = dict(zip(_PAIRS.split()[::2], _PAIRS.split()[1::2]))
+_SWAPS.update({right: left for left, right in _SWAPS.items()})
+# "the one right behind", "all right": no side is meant, or it cannot be told
+_NO_SIDE = re.compile(
+    r"(?<!\bthe )(?<!\bfar )(?<!\bto )\bright (?:above|after|at|before|behind|below|beneath|beside|by|here|in|near|next"
+    r"|now|on|over|past|there|under|up)\b|\b(?:all|any|is|are|has|have|was|were) (?:left|right)\b"
+    r"|(?<!\bthe )\bleft (?:over|behind|open|out)\b"
+)
 _SIDE_WORDS = frozenset(_SIDES.split())
 _PLACE_WORDS = _SIDE_WORDS | frozenset(_PLACES.split())
 _COLOUR_WORDS = frozenset(_COLOURS.split())
@@ -42,6 +52,8 @@ class TextRules:
     """A crop would move the thing it names by place: left, top, middle, corner, ..."""
     names_colour: bool
     """A hue change would make it false."""
+    can_be_mirrored: bool = True
+    """Every phrase can be made true of the mirrored image by :func:`mirrored`."""
 
     @classmethod
     def of(cls, prompts: Sequence[str]) -> TextRules:
@@ -49,10 +61,34 @@ class TextRules:
 
         Example:
             >>> TextRules.of(["the left-hand mug", "something round"])
-            TextRules(names_side=True, names_place=True, names_colour=False)
+            TextRules(names_side=True, names_place=True, names_colour=False, can_be_mirrored=True)
         """
         words = frozenset(word for prompt in prompts for word in _WORD.findall(prompt.lower()))
-        return cls(bool(words & _SIDE_WORDS), bool(words & _PLACE_WORDS), bool(words & _COLOUR_WORDS))
+        side = bool(words & _SIDE_WORDS)
+        sure = not side or all(mirrored(prompt) is not None for prompt in prompts)
+        return cls(side, bool(words & _PLACE_WORDS), bool(words & _COLOUR_WORDS), sure)
+
+
+def mirrored(prompt: str) -> str | None:
+    """Return a phrase as it is true of the mirrored image, left and right changed over, or None if that is not sure.
+
+    Example:
+        >>> mirrored("The dog on the left of the right-hand car")
+        'The dog on the right of the left-hand car'
+        >>> mirrored("the cup right behind the vase"), mirrored("the horse at 3 o'clock")
+        (None, None)
+    """
+    text = prompt.lower()
+    sides = [word for word in _WORD.findall(text) if word in _SIDE_WORDS]
+    if _NO_SIDE.search(text) or any(word not in _SWAPS for word in sides):
+        return None
+
+    def other(match: re.Match[str]) -> str:
+        word = match.group()
+        swapped = _SWAPS.get(word.lower(), word)
+        return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
+
+    return re.sub(r"[A-Za-z]+", other, prompt)
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,10 @@ class Choice:
 
     instance: int
     phrase: Phrase
+
+    def mirrored(self) -> Choice:
+        """Return the choice with the phrase that is true of the mirrored image."""
+        return Choice(self.instance, Phrase(mirrored(self.phrase.text) or self.phrase.text, self.phrase.kind))
 
 
 class PhrasePolicy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import logging
 import os
 import tempfile
@@ -24,6 +25,8 @@ _CHUNK = 2**20
 _TIMEOUT_S = 60.0
 _LONGEST_WAIT_S = 60.0
 _FINAL_STATUS = (400, 401, 403, 404, 405, 410)
+_NOTHING_LEFT = 416
+"""What a server answers that is asked for bytes beyond the file's end."""
 
 
 class RemoteShards:
@@ -90,23 +93,24 @@ class RemoteShards:
                 problem = f"the server answers {error.code} {error.reason}"
                 if error.code in _FINAL_STATUS:
                     break
+                if error.code == _NOTHING_LEFT:
+                    _empty(file)
                 continue
-            except (OSError, EOFError, ValueError) as error:
+            # HTTPException: a chunked transfer that breaks off, or an answer that is not HTTP
+            except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
                 problem = str(error) or type(error).__name__
                 continue
             problem = _difference(file, info)
             if not problem:
                 return
-            file.seek(0)
-            file.truncate()
+            _empty(file)
         raise InputError(f"'{url}' cannot be fetched ({problem}; {attempt + 1} tries); check the URL and the server.")
 
     def _transfer(self, url: str, file: BinaryIO) -> None:
         if not url.startswith(("http://", "https://")):
             import webdataset
 
-            file.seek(0)
-            file.truncate()
+            _empty(file)
             with webdataset.gopen(url) as stream:
                 while block := stream.read(_CHUNK):
                     file.write(block)
@@ -115,8 +119,7 @@ class RemoteShards:
         request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             if begin and response.status != 206:
-                file.seek(0)
-                file.truncate()
+                _empty(file)
             expected = response.headers.get("Content-Length")
             received = 0
             while block := response.read(_CHUNK):
@@ -136,6 +139,11 @@ class RemoteShards:
                     # a process that still reads it keeps its open file
                     path.unlink(missing_ok=True)
                     total -= size
+
+
+def _empty(file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate()
 
 
 def _difference(file: BinaryIO, info: ShardInfo | None) -> str:

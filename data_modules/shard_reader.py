@@ -255,8 +255,8 @@ class ShardIndex:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            if self.locate is None:
-                raise
+            if self.locate is None or not is_url(self.paths[shard]):
+                raise InputError(f"shard '{path}' was there when its index was opened and is gone now.") from None
             # another process made room in the cache just now
             descriptor = os.open(self.locate(self.paths[shard], info), os.O_RDONLY)
         self._files[shard] = descriptor

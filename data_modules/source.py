@@ -216,6 +216,8 @@ class SourceReader:
         else:
             rules = TextRules.of([choice.phrase.text for choice in choices])
             view = self.augmentation.draw(image, targets, rules, generator)
+            if view.flip and rules.names_side:
+                choices = [choice.mirrored() for choice in choices]
         size, hard = self.size, {one: instances[one].kind != "alpha" for one in named}
         shown = {one: show_target(view, target, size, size, hard[one]) for one, target in targets.items()}
         foregrounds = None

@@ -73,23 +73,16 @@ class StreamPlan:
         return {dataset: self.used_before(dataset, place) for dataset in self.schedule.datasets}
 
 
-class StreamBatches(Dataset[tuple["MattingBatch | InputError", list[str]]]):
+class StreamBatches(Dataset[tuple[MattingBatch, list[str]]]):
     """Makes the batch of any place in the stream; holds no state that a batch depends on.
 
-    Returns ``(batch, lines about replaced bad samples)``. A mistake in the data comes back as the error in the batch's
-    place: raised in a worker it would arrive wrapped in a stack trace.
+    Returns ``(batch, lines about replaced bad samples)``.
     """
 
     def __init__(self, plan: StreamPlan, readers: Mapping[str, SourceReader], rank: int) -> None:
         self.plan, self.readers, self.rank = plan, dict(readers), rank
 
-    def __getitem__(self, place: Place) -> tuple[MattingBatch | InputError, list[str]]:
-        try:
-            return self._batch(place)
-        except InputError as error:
-            return error, []
-
-    def _batch(self, place: Place) -> tuple[MattingBatch, list[str]]:
+    def __getitem__(self, place: Place) -> tuple[MattingBatch, list[str]]:
         dataset, draws = self.plan.draws(place, self.rank)
         reader = self.readers[dataset]
         parts = BatchParts(reader.source.batch_size, reader.size, reader.detail_size)
@@ -254,9 +247,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[MattingBatch]:
         whole = False
         try:
-            for passed, (batch, bad) in enumerate(self.loader, start=1):
-                if isinstance(batch, InputError):
-                    raise batch
+            for passed, (batch, bad) in enumerate(received(self.loader), start=1):
                 self.on_bad(bad, len(batch))
                 self.yielded += 1
                 whole = passed == self.length
@@ -292,9 +283,9 @@ class _SizedStreamLoader(StreamLoader):
 
 
 def whole_batches(dataset: Dataset[Any], workers: int, prefetch: int, **options: Any) -> DataLoader[Any]:
-    """Return the loader of a data set whose items are batches already."""
+    """Return the loader of a data set whose items are batches already; read it through :func:`received`."""
     return DataLoader(
-        dataset,
+        _ErrorsAsItems(dataset),
         batch_size=None,
         num_workers=workers,
         collate_fn=as_is,
@@ -302,6 +293,34 @@ def whole_batches(dataset: Dataset[Any], workers: int, prefetch: int, **options:
         prefetch_factor=prefetch if workers else None,
         **options,
     )
+
+
+class _ErrorsAsItems(Dataset[Any]):
+    """Gives a mistake in the data in the place of its item: raised in a worker it would arrive as a stack trace."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self.dataset[place]
+        except InputError as error:
+            return error
+
+
+def received(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield what :func:`whole_batches` loads.
+
+    Raises:
+        InputError: The one that was met where a batch was made.
+    """
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
 
 
 def as_is(item: object) -> object:

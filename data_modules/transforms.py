@@ -63,10 +63,10 @@ def full_view(image: np.ndarray) -> View:
 class Augmentation:
     """Random views of an image that keep its phrases true.
 
-    A phrase with left or right forbids the flip; a phrase with a place word (left, top, middle, ...) forbids crops
-    below `place_crop_scale`; a phrase with a colour word holds every hue change within `colour_word_hue` and allows no
-    brightening (bright colours would clip and change their hue). A crop keeps at least `keep_visible` of every instance
-    that a phrase of the image names.
+    A phrase with left or right forbids the flip (or changes its words with it, with `swap_sides`); a phrase with a
+    place word (left, top, middle, ...) forbids crops below `place_crop_scale`; a phrase with a colour word holds every
+    hue change within `colour_word_hue` and allows no brightening (bright colours would clip and change their hue). A
+    crop keeps at least `keep_visible` of every instance that a phrase of the image names.
 
     Args:
         crop_probability: How often a part is shown instead of the whole image.
@@ -75,6 +75,8 @@ class Augmentation:
         keep_visible: Least part of a named instance's alpha that must stay inside a crop.
         place_crop_scale: Smallest crop for phrases that name a place.
         flip_probability: How often the image is mirrored.
+        swap_sides: Whether an image whose phrases say left or right may be mirrored all the same, the words changed
+            over; phrases of which that is not sure (`right behind`, `3 o'clock`) still forbid it.
         brightness: Largest relative change of brightness.
         contrast: Largest relative change of contrast.
         saturation: Largest relative change of saturation.
@@ -92,6 +94,7 @@ class Augmentation:
         keep_visible: float = 0.8,
         place_crop_scale: float = 1.0,
         flip_probability: float = 0.5,
+        swap_sides: bool = False,
         brightness: float = 0.2,
         contrast: float = 0.2,
         saturation: float = 0.2,
@@ -121,7 +124,7 @@ class Augmentation:
             raise InputError(f"`augment.colour_word_hue` must lie in [0, 0.02], got {colour_word_hue}.")
         self.crop_probability, self.crop_scale, self.crop_ratio = crop_probability, tuple(crop_scale), tuple(crop_ratio)
         self.keep_visible, self.place_crop_scale = keep_visible, place_crop_scale
-        self.flip_probability = flip_probability
+        self.flip_probability, self.swap_sides = flip_probability, swap_sides
         self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
         self.hue, self.colour_word_hue = hue, colour_word_hue
         self.recompose_probability = recompose_probability
@@ -132,7 +135,8 @@ class Augmentation:
         """Draw one view of an image (H, W, 3) whose named instances have the targets (H, W)."""
         box = self._crop(image, targets, rules, generator)
         # drawn even when it is not allowed: one phrase more or less must not shift every draw after it
-        flip = bool(generator.random() < self.flip_probability) and not rules.names_side
+        flip = bool(generator.random() < self.flip_probability)
+        flip = flip and (not rules.names_side or (self.swap_sides and rules.can_be_mirrored))
         return View(box, flip, self._colour(rules, generator))
 
     def _crop(

@@ -55,6 +55,7 @@ from tools.composing.cutouts import (
 )
 from tools.composing.maker import SPLITS, Plan, find_similar, make_image, plan_tasks
 from tools.composing.phrases import KINDS
+from tools.workers import end_with_parent
 
 TOOL = "compose_shards 1.0"
 
@@ -158,7 +159,7 @@ class _Crew:
     def __init__(self, folder: Path, workers: int) -> None:
         # spawned, because a process that has run OpenMP code (pymatting's) cannot be forked
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, context) if workers > 1 else None
+        self._pool = ProcessPoolExecutor(workers, context, end_with_parent) if workers > 1 else None
         self._folder = folder
 
     def map(self, function: Callable[[Given], Result], arguments: Sequence[Given], what: str) -> Iterator[Result]:

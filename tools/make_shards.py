@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"bad: {line}", file=sys.stderr)
                 print(f"error: {listing.dataset} {listing.split}: {error}", file=sys.stderr)
                 status = 1
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status

@@ -18,10 +18,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+if not __package__:  # run as a file: the repository's root holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from data_modules.scenes import Scene, generate
 from data_modules.shards import InstanceEntry, ShardWriter
 from lit_matting.checks import InputError
 from lit_matting.version import VERSION
+from tools.workers import end_with_parent
 
 JPEG_QUALITY = 95
 CHUNK = 64
@@ -75,7 +79,7 @@ def _in_order(make: Callable[..., list], bounds: Sequence[tuple[int, int]], work
     if workers <= 1:
         yield from (make(*bound) for bound in bounds)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         yield from pool.map(make, *zip(*bounds))
 
 

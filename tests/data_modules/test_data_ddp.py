@@ -29,6 +29,9 @@ def test_two_processes_train_validate_and_resume_like_one(
 ) -> None:
     # 13 samples in shards of 5, 5, 3; 11 in 5, 5, 1; 2 in one shard, fewer than processes x workers
     settings["val"] = {"v": {"shards": str(pictures("v", 7, instances=1)), "batch_size": 3}}
+    # one phrase alone: the second process has nothing to test, and nobody waits for it
+    lonely = pictures("lonely", 1, instances=1, phrases=lambda number, instance: [("it", "basic")])
+    settings["test"] = {"t": {"shards": str(pictures("t", 5)), "batch_size": 3}, "lonely": {"shards": str(lonely)}}
     settings["augment"] = False
     changes = {"trainer": {"max_steps": 12, **TWO, "val_check_interval": 12}, "data": {"num_workers": 2}}
     two = runner.with_changes(settings, tmp_path, "two", **changes, checkpoint_every=6)
@@ -48,10 +51,12 @@ def test_two_processes_train_validate_and_resume_like_one(
     assert [line["keys"] for line in whole] == [a["keys"] + b["keys"] for a, b in zip(*halves)]
 
     # validation: 7 images, one instance, two phrases each, every one once over both processes
-    seen = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"two/seen{rank}.jsonl").open()]
-    final = Counter(tuple(row[1:]) for row in seen if row[0] == 12)
+    final = Counter(tuple(row[1:]) for row in _rows(tmp_path / "two", "seen") if row[0] == 12)
     assert len(final) == 14
     assert set(final.values()) == {1}
+    tested = Counter(tuple(row[1:]) for row in _rows(tmp_path / "two", "tested"))
+    assert len(tested) == 5 * 2 * 2 + 1
+    assert set(tested.values()) == {1}
 
     # going on with one process, from the two processes' checkpoint: epochs stay whole
     alone = runner.with_changes(
@@ -66,12 +71,38 @@ def test_two_processes_train_validate_and_resume_like_one(
         assert len(used) == len(set(used))
 
 
+def _rows(folder: Path, what: str) -> list[list[Any]]:
+    return [json.loads(line) for rank in (0, 1) for line in (folder / f"{what}{rank}.jsonl").open()]
+
+
 def _epoch(lines: list[dict[str, Any]], dataset: str, samples: int) -> list[str]:
     """The images of a data set's first epoch, in the order they were used; pairs of phrases count once."""
     images = []
     for line in sorted((line for line in lines if line["dataset"] == dataset), key=lambda line: line["iteration"]):
         images += list(dict.fromkeys(line["keys"])) if dataset == "a" else line["keys"]
     return images[:samples]
+
+
+@pytest.mark.slow
+def test_twelve_steps_of_the_real_model_on_two_processes_are_those_of_one(
+    runner: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"model": "matting", "image_size": 32, "trainer": {"max_steps": 12}}
+    two = runner.with_changes(settings, tmp_path, "two", trainer=TWO)
+    runner.finish(two)
+    one = runner.with_changes(settings, tmp_path, "one")
+    one["train"] = {name: {**s, "batch_size": 2 * s["batch_size"]} for name, s in one["train"].items()}
+    runner.run(one)
+    assert [line["dataset"] for line in runner.lines(Path(one["journal"]))] == list("ababcababcab")
+    expected, found = (torch.load(Path(run["folder"]) / "weights.pt") for run in (one, two))
+    start = runner.matting_model().state_dict()
+    moved = 0.0
+    for name, weight in expected.items():
+        torch.testing.assert_close(
+            found[name], weight, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        moved = max(moved, float((weight - start[name]).abs().max()))
+    assert moved > 1e-2, "the steps must change the weights by more than what is allowed between the two"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_modules.draws import Draws
-from data_modules.phrases import PhrasePolicy, TextRules
+from data_modules.phrases import PhrasePolicy, TextRules, mirrored
 from data_modules.schedule import InterleavedSchedule
 from data_modules.shards import RawSample, ShardIndex
 from data_modules.stream import StreamPlan
@@ -117,8 +117,30 @@ def test_impossible_policies_are_refused(settings: dict, message: str) -> None:
     ],
 )
 def test_text_rules_go_by_whole_words(prompt: str, side: bool, place: bool, colour: bool) -> None:
-    assert TextRules.of([prompt]) == TextRules(side, place, colour)
-    assert TextRules.of(["a thing", prompt]) == TextRules(side, place, colour)
+    for rules in (TextRules.of([prompt]), TextRules.of(["a thing", prompt])):
+        assert (rules.names_side, rules.names_place, rules.names_colour) == (side, place, colour)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("the dog on the LEFT of the right-hand car", "the dog on the RIGHT of the left-hand car"),
+        ("Leftmost guy, 2nd from rt", "Rightmost guy, 2nd from lft"),
+        ("man on the right in red", "man on the left in red"),
+        ("boy to the right behind the girl", "boy to the left behind the girl"),
+        ("the upright bright cup", "the upright bright cup"),
+        ("the cup right next to the vase", None),
+        ("what is left", None),
+        ("left over pizza", None),
+        ("the one at 3 o'clock", None),
+        ("clockwise from the left", None),
+        ("rite one", None),
+    ],
+)
+def test_sides_change_over_where_that_is_sure(prompt: str, other: str | None) -> None:
+    assert mirrored(prompt) == other
+    if other is not None:
+        assert mirrored(other) == prompt
 
 
 @pytest.mark.parametrize("counts", [[5, 5, 3], [1], [7, 1, 1, 1, 20, 2, 2], [3] * 40])

@@ -56,6 +56,15 @@ class Handler(BaseHTTPRequestHandler):
         if asked:
             self.server.ranges.append(asked)
             first = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if first >= len(data):
+                self.send_error(416)
+                return
+        if fault == "no http":
+            self.wfile.write(b"SSH-2.0-other\r\n")
+            return
+        if fault.startswith("chunked"):
+            self._send_in_chunks(data[first:], whole=fault == "chunked whole", partial=bool(asked))
+            return
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(data) - first))
         self.end_headers()
@@ -69,6 +78,16 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         else:
             self.wfile.write(data[first:])
+
+    def _send_in_chunks(self, data: bytes, whole: bool, partial: bool) -> None:
+        """A transfer that states no length, and breaks off: in the middle, or after all bytes but before the end."""
+        self.protocol_version = "HTTP/1.1"
+        self.send_response(206 if partial else 200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        half = data if whole else data[: len(data) // 2]
+        self.wfile.write(f"{len(half):x}\r\n".encode() + half + b"\r\n" + (b"" if whole else b"9999\r\nxx"))
+        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""
@@ -119,6 +138,29 @@ def test_broken_transfer_is_taken_up_where_it_stopped(server: Server, cache: Rem
     server.plan = {"a/a-000000.tar": ["cut"]}
     _load(f"{server.url}/a/a.index.json", cache).read(0)
     assert server.ranges == [f"bytes={size // 2}-"]
+
+
+@pytest.mark.parametrize("fault", ["chunked", "chunked whole", "no http"])
+def test_broken_chunks_and_answers_that_are_not_http_are_tried_again(
+    server: Server, cache: RemoteShards, pictures: Pictures, fault: str
+) -> None:
+    local = ShardIndex.load(pictures("a", 4))
+    server.plan = {"a/a-000000.tar": [fault], "a/a.index.json": [fault]}
+    remote = _load(f"{server.url}/a/a.index.json", cache)
+    assert bytes(remote.read(3).member("png")) == bytes(local.read(3).member("png"))
+    assert server.requests["a/a-000000.tar"] >= 2
+    assert server.requests["a/a.index.json"] >= 2
+
+
+def test_pauses_between_tries_grow(
+    server: Server, cache: RemoteShards, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("data_modules.remote.time.sleep", pauses.append)
+    pictures("a", 2)
+    server.plan = {"a/a-000000.tar": ["500", "502", "503", "429"]}
+    _load(f"{server.url}/a/a.index.json", cache).read(0)
+    assert pauses == [0.01, 0.02, 0.04, 0.08]
 
 
 def test_shards_are_fetched_once_and_only_when_needed(server: Server, cache: RemoteShards, pictures: Pictures) -> None:

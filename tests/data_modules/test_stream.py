@@ -8,6 +8,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_modules import Augmentation, InterleavedDataModule, InterleavedSchedule, ShardSource
+from data_modules import Augmentation, BenchmarkSource, InterleavedDataModule, InterleavedSchedule, ShardSource
 from data_modules.shards import (
     InstanceEntry,
     SampleError,
@@ -209,6 +210,10 @@ def _damage(files: list[tuple[str, bytes]], kind: str) -> list[tuple[str, bytes]
         return [(name, data[: len(data) // 2] if name.endswith(".jpg") else data) for name, data in files]
     if kind == "no JPEG":
         return [(name, b"\xff\xd8 what is this" if name.endswith(".jpg") else data) for name, data in files]
+    if kind == "zero-size PNG":
+        return [(name, ZERO_SIZE_PNG if name.endswith(".png") else data) for name, data in files]
+    if kind == "zero-size JPEG":
+        return [(name, _of_height_zero(data) if name.endswith(".jpg") else data) for name, data in files]
     if kind == "empty image":
         return [(name, b"" if name.endswith(".jpg") else data) for name, data in files]
     if kind == "cut PNG":
@@ -231,6 +236,20 @@ def _damage(files: list[tuple[str, bytes]], kind: str) -> list[tuple[str, bytes]
     return [(files[0][0], text), *files[1:]]
 
 
+ZERO_SIZE_PNG = (
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    + bytes(8)
+    + b"\x08\0\0\0\0"
+    + zlib.crc32(b"IHDR" + bytes(8) + b"\x08\0\0\0\0").to_bytes(4, "big")
+    + b"\0\0\0\0IEND\xaeB`\x82"
+)
+
+
+def _of_height_zero(jpeg: bytes) -> bytes:
+    frame = jpeg.index(b"\xff\xc0")
+    return jpeg[: frame + 5] + b"\0\0" + jpeg[frame + 7 :]
+
+
 def _flipped(data: bytes) -> bytes:
     return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 255]) + data[len(data) // 2 + 1 :]
 
@@ -240,6 +259,8 @@ BAD = {
     "missing alpha": "member '0.alpha.png' is missing",
     "cut JPEG": "image 'jpg': its JPEG is damaged",
     "no JPEG": "image 'jpg': its JPEG is damaged",
+    "zero-size PNG": "alpha '0.alpha.png': it is not a readable image",
+    "zero-size JPEG": "image 'jpg': its JPEG is damaged",
     "empty image": r"image 'jpg': it is not a readable image \(0 bytes\)",
     "cut PNG": "alpha '0.alpha.png': its PNG is cut short",
     "broken PNG": "alpha '0.alpha.png': it is not a readable image",
@@ -313,6 +334,28 @@ def test_shard_cut_short_while_training_is_named(with_bad: Callable[[str, int], 
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
     with pytest.raises(SampleError, match=r"shard 'bad-000000.tar'.*(ends inside|nothing at byte)"):
         list(module.train_dataloader())
+
+
+def test_shard_that_disappears_while_training_is_named_at_once(with_bad: Callable[[str, int], str]) -> None:
+    folder = with_bad("none", 0)
+    module = InterleavedDataModule({"bad": ShardSource(folder, batch_size=10)}, image_size=24, epoch_iterations=4)
+    module.setup("fit")
+    (Path(folder) / "bad-000000.tar").unlink()
+    with pytest.raises(InputError, match=r"bad-000000.tar' was there when its index was opened and is gone now"):
+        list(module.train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_sample_of_a_benchmark_stops_it_with_one_sentence(
+    with_bad: Callable[[str, int], str], workers: int
+) -> None:
+    folder = with_bad("cut JPEG", 1)
+    module = InterleavedDataModule(val={"v": BenchmarkSource(folder)}, image_size=24, num_workers=workers)
+    module.setup("validate")
+    with pytest.raises(
+        SampleError, match=r"^shard 'bad-000000.tar', sample '00': image 'jpg': its JPEG is damaged [^\n]*$"
+    ):
+        list(module.val_dataloader()[0])
 
 
 # workers and memory -------------------------------------------------------------------------------------------------

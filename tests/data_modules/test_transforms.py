@@ -98,6 +98,46 @@ def test_phrases_with_a_side_are_never_mirrored_and_with_a_place_never_cropped()
         assert (view.flip, view.box) == (True, Box(0, 0, 64, 64))
 
 
+def test_with_swapped_sides_only_sure_phrases_are_mirrored() -> None:
+    alpha, image = _disc(), np.zeros((64, 64, 3), np.uint8)
+    augmentation = Augmentation(crop_probability=0, flip_probability=1, swap_sides=True)
+    for phrases, flipped in (
+        (["the left one"], True),
+        (["a thing"], True),
+        (["the one right behind the door"], False),
+        (["the horse at 3 o'clock"], False),
+        (["the left one", "the one right behind the door"], False),
+    ):
+        view = augmentation.draw(image, {0: alpha}, TextRules.of(phrases), np.random.default_rng(0))
+        assert view.flip == flipped
+
+
+def test_mirrored_images_are_called_by_phrases_that_are_true_of_them(pictures: Callable[..., Path]) -> None:
+    """Of two stripes the one whose alpha lies left is called left, in every batch, mirrored or not."""
+    from data_modules import InterleavedDataModule, ShardSource
+
+    def sided(number: int, instance: int) -> list[tuple[str, str]]:
+        return [(f"the {('left', 'right')[instance]} one", "absolute")]
+
+    path = pictures("sided", 12, phrases=sided)
+    mirrored = 0
+    for swap in (True, False):
+        module = InterleavedDataModule(
+            {"s": ShardSource(str(path), batch_size=12)},
+            image_size=24,
+            epoch_iterations=4,
+            augment=Augmentation(0, brightness=0, contrast=0, saturation=0, hue=0, swap_sides=swap),
+        )
+        module.setup("fit")
+        for batch in module.train_dataloader():
+            for target, instance, prompt in zip(batch.target, batch.instance.tolist(), batch.prompts):
+                lies_left = bool(target[..., :12].sum() > target[..., 12:].sum())
+                assert prompt == ("the left one" if lies_left else "the right one")
+                mirrored += swap and lies_left != (instance == 0)
+                assert swap or lies_left == (instance == 0)
+    assert 10 < mirrored < 38
+
+
 def test_colour_words_hold_hue_changes_within_two_percent() -> None:
     """Measured on every saturated colour, after 8-bit rounding and clipping, by Python's own HSV."""
     hues = [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from callbacks.sample_journal import SampleJournal
 from data_modules import Augmentation, BenchmarkSource, InterleavedDataModule, InterleavedSchedule, ShardSource
+from lit_matting.backbones import TinyDiffusion
+from lit_matting.losses import AlphaLowResolution, CoarseTrimap, Refinement, SemanticTrimap, SoftGrounding
+from lit_matting.module import LitMatting
+from lit_matting.networks.neck import Neck
+from lit_matting.networks.refiner import SparseRefiner
 from lit_matting.records import MattingBatch
 
 
@@ -40,14 +46,39 @@ class Small(LightningModule):
         error = (self.alpha(batch.image) - batch.target).abs().mean((1, 2, 3))
         return loss + (error * batch.has_alpha).mean()
 
-    def validation_step(self, batch: MattingBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: MattingBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._note("seen", batch)
+
+    def test_step(self, batch: MattingBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._note("tested", batch)
+
+    def _note(self, what: str, batch: MattingBatch) -> None:
         rows = zip(batch.keys, batch.instance.tolist(), batch.prompts)
         folder = Path(self.trainer.default_root_dir)
-        with open(folder / f"seen{self.global_rank}.jsonl", "a", encoding="utf-8") as file:
+        with open(folder / f"{what}{self.global_rank}.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps([self.global_step, *row]) + "\n" for row in rows)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def matting_model() -> LitMatting:
+    """The real module with its five terms, very small; plain gradient descent, whose steps are as large as gradients."""
+    torch.manual_seed(0)
+    return LitMatting(
+        backbone=TinyDiffusion((16, 32), stem_channels=8, text_channels=16, max_tokens=6),
+        losses={
+            "stm": SemanticTrimap(),
+            "ctm": CoarseTrimap(),
+            "sg": SoftGrounding(),
+            "alpha_lr": AlphaLowResolution(),
+            "r": Refinement(),
+        },
+        image_size=32,
+        neck=partial(Neck, channels=16),
+        refiner=SparseRefiner(feature_channels=4, widths=(8, 8), blocks=1, half_scale_above=64),
+        optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    )
 
 
 class Slow(Callback):
@@ -65,6 +96,7 @@ def data_module(settings: dict[str, Any]) -> InterleavedDataModule:
     return InterleavedDataModule(
         train={name: ShardSource(**source) for name, source in settings["train"].items()},
         val={name: BenchmarkSource(**source) for name, source in settings.get("val", {}).items()},
+        test={name: BenchmarkSource(**source) for name, source in settings.get("test", {}).items()},
         schedule=InterleavedSchedule(**settings["schedule"]) if "schedule" in settings else None,
         augment=Augmentation() if settings.get("augment", True) else None,
         image_size=settings.get("image_size", 16),
@@ -94,8 +126,11 @@ def run(settings: dict[str, Any], module: InterleavedDataModule | None = None) -
         default_root_dir=folder,
         **settings["trainer"],
     )
-    model = Small()
-    trainer.fit(model, module or data_module(settings), ckpt_path=settings.get("resume"), weights_only=True)
+    model = matting_model() if settings.get("model") == "matting" else Small()
+    module = module or data_module(settings)
+    trainer.fit(model, module, ckpt_path=settings.get("resume"), weights_only=True)
+    if module.test:
+        trainer.test(model, module)
     if trainer.is_global_zero:
         torch.save(model.state_dict(), folder / "weights.pt")
     return trainer

@@ -5,7 +5,12 @@ from __future__ import annotations
 import doctest
 import hashlib
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from tools.releases.pixels import BadFile, read_image, read_matte, read_shapes, 
 from tools.releases.refcoco import load_references
 
 Array = np.ndarray
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _pack(*arguments: Any) -> None:
@@ -244,7 +250,8 @@ def test_refcoco_masks_are_unions_and_texts_are_utf8(tmp_path: Path, capsys: pyt
     _pack("refcoco", tmp_path / "in", tmp_path / "out", "--name", "refcoco+")
     said = capsys.readouterr().out
     assert "1 sentences have no words and are left out" in said
-    assert "2 references and 3 sentences, where papers state ? and 120191" in said
+    assert "1 images, 2 references, 3 sentences" in said
+    assert "papers state 120191 sentences; is it complete?" in said
     train = _read(tmp_path / "out", "train")
     (sample,) = train.values()
     assert sample.key == "COCO_train2014_000000000001"
@@ -408,6 +415,14 @@ def test_the_same_release_gives_the_same_bytes_in_any_order_of_making(tmp_path: 
     _pack(*base, tmp_path / "one", *more)
     assert main([*map(str, [*base, tmp_path / "two", *more]), "--workers", "2"]) == 0
     assert _digests(tmp_path / "one") == _digests(tmp_path / "two")
+    # a copy elsewhere, its files made in another order and at another time
+    for path in sorted((tmp_path / "in").rglob("*.*"), reverse=True):
+        copy = tmp_path / "elsewhere" / path.relative_to(tmp_path / "in")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        os.utime(copy, (1, 1))
+    _pack("pairs", tmp_path / "elsewhere", tmp_path / "three", *more)
+    assert _digests(tmp_path / "one") == _digests(tmp_path / "three")
     assert sorted(_digests(tmp_path / "one")) == [
         "train-000000.tar",
         "train-000001.tar",
@@ -462,6 +477,53 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, monk
     built.clear()
     _pack("pairs", tmp_path / "in", tmp_path / "out", *more)
     assert built == []
+
+
+def _children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
+def test_a_killed_run_leaves_no_process_and_goes_on_to_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(16):
+        save(tmp_path / f"in/image/i{number:02d}.jpg", picture(number, 1000, 750), quality=95)
+        save(tmp_path / f"in/alpha/i{number:02d}.png", alpha(number, 1000, 750))
+    more = ["--dataset", "d", "--max-samples", "2"]
+    _pack("pairs", tmp_path / "in", tmp_path / "whole", *more)
+    command = ["pairs", str(tmp_path / "in"), str(tmp_path / "out"), *more, "--workers", "2"]
+    process = subprocess.Popen([sys.executable, ROOT / "tools/make_shards.py", *command])
+    end = time.monotonic() + 100
+    while len(list((tmp_path / "out").glob(".train.progress/0*.json"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    workers = _children(process.pid)
+    assert workers
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/train.index.json").exists()
+    while any(map(_alive, workers)):
+        assert time.monotonic() < end, "a worker outlives its parent"
+        time.sleep(0.05)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.tar")}
+    assert 2 <= len(sizes) <= 8
+    for name, size in sizes.items():
+        assert size == (tmp_path / "whole" / name).stat().st_size, "a half shard has its final name"
+    capsys.readouterr()
+    _pack("pairs", tmp_path / "in", tmp_path / "out", *more)
+    reused = int(capsys.readouterr().out.split(" of them from an earlier run")[0].rpartition("(")[2])
+    assert 2 <= reused <= len(sizes)
+    assert _digests(tmp_path / "out") == _digests(tmp_path / "whole")
 
 
 def test_shards_of_other_files_or_options_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -547,3 +609,45 @@ def test_real_photographs_with_expressions_are_packed_by_their_lists(shared_data
         assert sorted(instance.id for instance in instances) == sorted(entry["id"] for entry in entries)
         assert sum(len(i.phrases) for i in instances) == sum(len(entry["expressions"]) for entry in entries)
         assert {i.kind for i in instances} == ({"mask"} if name == "ref_masks" else {"alpha"})
+
+
+def test_fields_that_the_published_references_do_not_have_are_kept_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refcoco(tmp_path / "in")
+    folder = tmp_path / "in/refcoco"
+    references = pickle.loads((folder / "refs(unc).p").read_bytes())
+    references[0]["difficulty"] = "hard"
+    del references[1]["sent_ids"]
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
+    coco = json.loads((folder / "instances.json").read_text())
+    coco["annotations"][0]["depth"] = 3
+    (folder / "instances.json").write_text(json.dumps(coco))
+    _pack("refcoco", tmp_path / "in", tmp_path / "out", "--splits", "train")
+    (sample,) = _read(tmp_path / "out", "train").values()
+    assert sample.instances[0].fields["release"] == {"depth": 3, "difficulty": "hard"}
+    assert "release" not in sample.instances[1].fields
+    said = capsys.readouterr().out
+    assert "difficulty: not a published field, in 1 of 2 (kept as release.difficulty)" in said
+    assert "sent_ids: missing in 1 of 2" in said
+
+
+@pytest.mark.parametrize(
+    ("release", "file", "text", "message"),
+    [
+        ("refmatte", "RefMatte/RefMatte/train/refmatte_train_label.json", "{", "is not valid JSON"),
+        ("refmatte", "RefMatte/RefMatte/train/refmatte_train_label.json", "[1]", "must be a JSON object, got a list"),
+        ("refmatte", "RefMatte/RefMatte/train/refmatte_train_label.json", '{"a_1": "x"}', "entry 'a_1' must be an obj"),
+        ("refcoco", "refcoco/instances.json", "{", "is not valid JSON"),
+        ("refcoco", "refcoco/instances.json", "{}", "must be an object with `images` and `annotations`"),
+        ("refcoco", "refcoco/refs(unc).p", "(lp0\n(dp1\nS'sentences'\n(lp2\nsa.", "reference 0 has no `ref_id`"),
+    ],
+)
+def test_annotations_of_another_form_are_refused_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], release: str, file: str, text: str, message: str
+) -> None:
+    {"refmatte": refmatte, "refcoco": refcoco}[release](tmp_path / "in")
+    (tmp_path / "in" / file).write_text(text)
+    error = _fails(capsys, 2, release, tmp_path / "in", tmp_path / "out", "--splits", "train")
+    assert message in error
+    assert error.count("\n") == 1

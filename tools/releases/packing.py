@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tools.releases.pixels import (
     read_shapes,
 )
 from tools.releases.source import Listing, Source
+from tools.workers import end_with_parent
 
 # so many problems beyond the allowed ones are shown before the run gives up
 _SHOWN = 20
@@ -150,6 +151,7 @@ _finished_images: Any = None
 def _start_worker(counter: Any) -> None:
     global _finished_images
     _finished_images = counter
+    end_with_parent()
     cv2.setNumThreads(1)
 
 
@@ -290,6 +292,10 @@ def _run(
                 bar.update(finished + counter.value - bar.n)
                 for future in ready:
                     yield future.result()
+        except BrokenExecutor:
+            raise InputError(
+                "a worker process was killed, by the system where memory ran out; run it again, with fewer --workers."
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -59,7 +59,11 @@ def scan_folders(
         wanted -= {stem + suffix for stem in stems}
     listing = Listing(dataset, split, [])
     if names is not None:
-        listed = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = names.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--list {str(names)!r} cannot be read: {error}.") from None
+        listed = [line.strip() for line in lines if line.strip()]
         # a named image must come, so that its absence is told by name
         wanted = {
             Path(line).with_suffix("").as_posix() if Path(line).suffix.lower() in IMAGES else line for line in listed

@@ -30,6 +30,11 @@ _STATED = {
     },
     ("refcoco+", "unc"): {"train": (0, 120_191), "val": (0, 10_758), "testA": (0, 5_726), "testB": (0, 4_889)},
 }
+_REFERENCE = (
+    "ref_id", "ann_id", "category_id", "image_id", "file_name", "split", "sent_ids", "sentences"
+)  # fmt: skip
+_NEEDED = ("ref_id", "ann_id", "image_id", "split")
+_ANNOTATION = ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
 _IMAGES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "coco/train2014", "images")
 
 
@@ -65,6 +70,16 @@ def load_references(path: Path) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) and "sentences" in item for item in value):
         raise InputError(f"{str(path)!r} must hold a list of references with `sentences`.")
     return _text(value)
+
+
+def _load_instances(path: Path) -> dict[str, Any]:
+    try:
+        coco = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not valid JSON: {error}.") from None
+    if not isinstance(coco, dict) or not {"images", "annotations"} <= set(coco):
+        raise InputError(f"{str(path)!r} must be an object with `images` and `annotations`, as COCO writes them.")
+    return coco
 
 
 def _text(value: Any) -> Any:
@@ -105,7 +120,10 @@ def scan(
     assert pickled is not None
     assert instances_file is not None
     references = load_references(pickled)
-    coco = json.loads(instances_file.read_text(encoding="utf-8"))
+    for number, reference in enumerate(references):
+        if lacking := [field for field in _NEEDED if field not in reference]:
+            raise InputError(f"{str(pickled)!r}: reference {number} has no `{lacking[0]}`.")
+    coco = _load_instances(instances_file)
     if images is None:
         images = find_folder(root if root != folder else root.parent, _IMAGES, "the folder of COCO train2014", depth=1)
     elif not images.is_dir():
@@ -169,6 +187,7 @@ def _listing(name: str, split_by: str, split: str, references: list[dict[str, An
                         "category_id": category_id,
                         "sent_ids": reference.get("sent_ids", []),
                         "iscrowd": annotation.get("iscrowd", 0),
+                        **_release(reference, annotation),
                     },
                 )
             )
@@ -180,14 +199,35 @@ def _listing(name: str, split_by: str, split: str, references: list[dict[str, An
         )
     count = sum(map(len, by_image.values()))
     listing.report.append(f"{len(by_image)} images, {count} references, {sentences} sentences")
+    own = [reference for group in by_image.values() for reference in group]
+    _report_fields(listing, own, "reference", _REFERENCE)
+    annotations = [tables.annotations[item["ann_id"]] for item in own if item["ann_id"] in tables.annotations]
+    _report_fields(listing, annotations, "annotation", _ANNOTATION)
     if empty:
         listing.warnings.append(f"{empty} sentences have no words and are left out.")
     stated = _STATED.get((name, split_by), {}).get(split)
     if stated and (stated[1] != sentences or stated[0] not in (0, count)):
-        listing.warnings.append(
-            f"{count} references and {sentences} sentences, where papers state {stated[0] or '?'} and {stated[1]}."
-        )
+        numbers = f"{stated[0]} references and {stated[1]} sentences" if stated[0] else f"{stated[1]} sentences"
+        listing.warnings.append(f"papers state {numbers}; is it complete?")
     return listing
+
+
+def _release(reference: dict[str, Any], annotation: dict[str, Any]) -> dict[str, Any]:
+    """Fields that the published files do not have, kept as they are."""
+    rest = {key: value for key, value in annotation.items() if key not in _ANNOTATION}
+    rest |= {key: value for key, value in reference.items() if key not in _REFERENCE}
+    return {"release": rest} if rest else {}
+
+
+def _report_fields(listing: Listing, group: list[dict[str, Any]], what: str, known: tuple[str, ...]) -> None:
+    fields = Counter(key for item in group for key in item)
+    other = {key: count for key, count in sorted(fields.items()) if key not in known}
+    missing = [key for key in known if fields[key] < len(group)]
+    listing.report.append(f"fields of a {what}: {', '.join(sorted(fields))}")
+    for key, count in other.items():
+        listing.report.append(f"  {key}: not a published field, in {count} of {len(group)} (kept as release.{key})")
+    for key in missing:
+        listing.report.append(f"  {key}: missing in {len(group) - fields[key]} of {len(group)}")
 
 
 def _warn_of_shared_images(listings: list[Listing]) -> None:

@@ -45,6 +45,9 @@ def scan(root: Path, split: str, expression_kinds: list[str] | None = None) -> L
     """
     label_file, images, masks = _locate(root, split)
     label = _load(label_file)
+    for stem, entry in label.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{str(label_file)!r}: entry {stem!r} must be an object, got a {type(entry).__name__}.")
     listing = Listing("refmatte", split, [], EXPECTED[split])
     by_image: dict[str, list[tuple[int, str, str, dict[str, Any]]]] = {}
     for stem, entry in label.items():
@@ -106,7 +109,7 @@ def _load(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} must be an object of mask stems, got a {type(value).__name__}.")
+        raise InputError(f"{str(path)!r} must be a JSON object, got a {type(value).__name__}.")
     return value
 
 
@@ -136,7 +139,7 @@ def guess_kind(text: str) -> str:
 
 def _kinds(label: dict[str, Any], stated: list[str] | None, listing: Listing) -> list[str]:
     """The kind of each place in the list of expressions, with the evidence written into the report."""
-    lists = [_texts(entry) for entry in label.values() if isinstance(entry, dict)]
+    lists = [_texts(entry) for entry in label.values()]
     length = max(map(len, lists), default=0)
     if stated is not None and len(stated) != length:
         raise InputError(
