@@ -1,11 +1,11 @@
 """Look into shards before training on them: are they whole, what is in them, and is the alpha really an alpha.
 
-    python tools/inspect_shards.py shards/refmatte shards/p3m10k --against shards/rw100 --sheet build/sheet.html
+    python tools/inspect_shards.py shards/p3m10k/train.index.json --against shards/refmatte --sheet build/sheet.html
 
 Verifies checksums, counts images, instances and phrases by kind, draws histograms of sizes and coverage, warns when a
 data set that claims an alpha holds hard masks (training on them destroys soft hair), and, with `--against`, looks for
 near-duplicates between training and test images (leakage). The exit status is 1 when a shard or sample is damaged, an
-alpha is binary, or a near-duplicate is found.
+alpha is binary, or a near-duplicate is found. A folder stands for all indexes in it.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class Findings:
     """Alphas that are hard masks in truth."""
     bad: list[str] = field(default_factory=list)
     fingerprints: list[Fingerprint] = field(default_factory=list)
+    tiles: list[str] = field(default_factory=list)
+    """Rows of the contact sheet."""
 
     def to_json(self) -> dict[str, Any]:
         """Return counts, histograms and findings."""
@@ -94,6 +96,24 @@ class Findings:
             "bad": self.bad,
         }
 
+    def facts(self) -> list[str]:
+        """Return what the set holds, as lines of text."""
+        return [
+            f"{self.images} images, instances: {_listed(self.instances)}",
+            f"phrases: {_listed(self.phrases)}; instances without a phrase: {self.without_phrases}",
+        ]
+
+    def wrong(self) -> list[str]:
+        """Return what is wrong with the set, as lines of text."""
+        lines = [f"BAD: {line}" for line in self.bad]
+        if self.claims_alpha_but_binary:
+            lines.insert(
+                0,
+                f"WARNING: {len(self.binary)} of {self.instances['alpha']} alphas are hard masks, for example"
+                f" {self.binary[0]}. Write them with kind 'mask': trained on as alphas they destroy soft hair.",
+            )
+        return lines
+
     @property
     def claims_alpha_but_binary(self) -> bool:
         """Whether the alphas of this data set are mostly hard masks."""
@@ -108,7 +128,11 @@ def histogram(values: Sequence[float], edges: Sequence[float]) -> dict[str, int]
         {'0-4': 1, '4-10': 2}
     """
     counts, _ = np.histogram(values, bins=edges)
-    return {f"{low:.4g}-{high:.4g}": int(count) for low, high, count in zip(edges, edges[1:], counts)}
+    return {_interval(low, high): int(count) for low, high, count in zip(edges, edges[1:], counts)}
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.4g}-{high:.4g}" if high < 10**9 else f"{low:.4g} and more"
 
 
 def is_binary(alpha: np.ndarray) -> bool:
@@ -157,7 +181,7 @@ def _bits(hashes: np.ndarray, other: int) -> np.ndarray:
     return np.array([bin(int(value) ^ other).count("1") for value in hashes])
 
 
-def inspect(index: ShardIndex, name: str, limit: int, pixels: bool, tiles: list[str], wanted_tiles: int) -> Findings:
+def inspect(index: ShardIndex, name: str, limit: int, pixels: bool, wanted_tiles: int) -> Findings:
     """Read the samples of a data set (all, or ``limit`` spread over it) and return what is found."""
     found = Findings(name)
     numbers = np.unique(np.linspace(0, len(index) - 1, min(limit or len(index), len(index))).astype(int)).tolist()
@@ -174,7 +198,7 @@ def inspect(index: ShardIndex, name: str, limit: int, pixels: bool, tiles: list[
         if decoded is not None:
             _measure(found, sample, decoded)
             if number in shown:
-                tiles.append(_tile(sample, decoded))
+                found.tiles.append(_tile(sample, decoded))
     return found
 
 
@@ -203,7 +227,8 @@ def _tile(sample: RawSample, decoded: DecodedImage) -> str:
     scale = TILE / max(decoded.image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in decoded.image.shape[:2])
     image = resize(decoded.image, height, width)
-    cells = [f'<figure><img src="{_data_url(image)}"><figcaption>{html.escape(sample.where)}</figcaption></figure>']
+    place = f"<b>{html.escape(sample.key)}</b><br>{html.escape(sample.shard)}.tar<br>{_size(sample)}"
+    cells = [f'<figure><img src="{_data_url(image)}" alt=""><figcaption>{place}</figcaption></figure>']
     board = np.where((np.add.outer(np.arange(height) // 8, np.arange(width) // 8) % 2)[..., None], 205, 245).astype(
         np.float32
     )
@@ -211,12 +236,18 @@ def _tile(sample: RawSample, decoded: DecodedImage) -> str:
         alpha = resize(target, height, width)[..., None] / (65535 if target.dtype == np.uint16 else 255)
         cut = np.rint(alpha * image + (1 - alpha) * board).astype(np.uint8)
         instance = sample.instances[number]
-        words = (
-            "<br>".join(f"<i>{html.escape(p.kind)}</i> {html.escape(p.text)}" for p in instance.phrases) or "no phrase"
-        )
-        caption = f"<b>{html.escape(instance.id)}</b> {instance.kind} {html.escape(instance.category)}<br>{words}"
-        cells.append(f'<figure><img src="{_data_url(cut)}"><figcaption>{caption}</figcaption></figure>')
+        by_kind: dict[str, list[str]] = {}
+        for phrase in instance.phrases:
+            by_kind.setdefault(phrase.kind, []).append(html.escape(phrase.text))
+        words = "".join(f"<p><i>{html.escape(kind)}</i> {'<br>'.join(texts)}</p>" for kind, texts in by_kind.items())
+        caption = f"<b>{html.escape(instance.id)}</b> {instance.kind} {html.escape(instance.category)}"
+        caption += words or "<p>no phrase</p>"
+        cells.append(f'<figure><img src="{_data_url(cut)}" alt=""><figcaption>{caption}</figcaption></figure>')
     return f"<section>{''.join(cells)}</section>"
+
+
+def _size(sample: RawSample) -> str:
+    return f"{sample.meta.get('width', '?')} x {sample.meta.get('height', '?')}"
 
 
 def _data_url(image: np.ndarray) -> str:
@@ -224,37 +255,65 @@ def _data_url(image: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
-def write_sheet(path: Path, tiles: Sequence[str]) -> None:
-    """Write the contact sheet, one file that needs nothing else."""
-    style = (
-        "body{font:13px sans-serif;background:#fafafa;color:#222;margin:16px}section{display:flex;gap:12px;"
-        "flex-wrap:wrap;border-bottom:1px solid #ddd;padding:10px 0}figure{margin:0;width:180px}img{display:block;"
-        "max-width:180px}figcaption{padding-top:4px;overflow-wrap:anywhere}i{color:#777}"
+_STYLE = """
+body{font:13px/1.4 system-ui,sans-serif;background:#fafafa;color:#222;margin:24px;max-width:1200px}
+h1{font-size:20px}h2{font-size:16px;margin:32px 0 4px}pre{margin:4px 0;white-space:pre-wrap;font:inherit}
+.wrong{color:#b00020}.charts{display:flex;gap:40px;flex-wrap:wrap;margin:8px 0}table{border-spacing:6px 1px}
+caption{text-align:left;color:#777}td:first-child{text-align:right;min-width:90px}td div{background:#88a;height:10px}
+section{display:flex;gap:16px;flex-wrap:wrap;border-top:1px solid #ddd;padding:12px 0}
+figure{margin:0;width:200px}img{display:block}figcaption{padding-top:4px;overflow-wrap:anywhere}
+figcaption p{margin:2px 0}i{color:#777}
+"""
+
+
+def write_sheet(path: Path, results: Sequence[Findings], pairs: Sequence[dict[str, Any]]) -> None:
+    """Write the contact sheet: what was found in each set, as text, bars and pictures, in one file without others."""
+    parts = ["<h1>Contact sheet</h1>"]
+    if pairs:
+        lines = "\n".join(f"{pair['train']} and {pair['test']}" for pair in pairs[:50])
+        parts.append(f'<pre class="wrong">{len(pairs)} near-duplicates:\n{html.escape(lines)}</pre>')
+    for found in results:
+        facts, wrong = found.facts(), "\n".join(found.wrong())
+        parts.append(f"<h2>{html.escape(found.name)}</h2><pre>{html.escape(chr(10).join(facts))}</pre>")
+        parts.append(f'<pre class="wrong">{html.escape(wrong)}</pre>' if wrong else "")
+        charts = [_bars("long edge, pixels", histogram(found.sizes, SIZE_EDGES))]
+        if found.coverage:
+            charts.append(_bars("instances by coverage of the image", histogram(found.coverage, COVERAGE_EDGES)))
+        parts.append(f'<div class="charts">{"".join(charts)}</div>{"".join(found.tiles)}')
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Contact sheet</title><style>{_STYLE}</style>'
+    write_whole((head + "".join(parts)).encode(), path)
+
+
+def _bars(title: str, counts: dict[str, int]) -> str:
+    most = max(counts.values()) or 1
+    rows = "".join(
+        f'<tr><td>{name}</td><td><div style="width:{round(180 * count / most)}px"></div></td><td>{count}</td></tr>'
+        for name, count in counts.items()
     )
-    text = f'<!doctype html><meta charset="utf-8"><title>Contact sheet</title><style>{style}</style>{"".join(tiles)}'
-    write_whole(text.encode(), path)
+    return f"<table><caption>{title}</caption>{rows}</table>"
+
+
+def _indexes(given: Sequence[str]) -> list[str]:
+    """The given sources, a folder replaced by all indexes in it."""
+    found = []
+    for source in given:
+        inside = sorted(str(path) for path in Path(source).glob("*.index.json")) if Path(source).is_dir() else []
+        found += inside or [source]
+    return found
 
 
 def describe(found: Findings) -> str:
     """Return the findings as lines of text."""
-
-    def listed(counts: dict[str, int]) -> str:
-        return ", ".join(f"{name or '(none)'} {count}" for name, count in counts.items() if count) or "none"
-
-    lines = [
-        f"{found.name}: {found.images} images, instances: {listed(found.instances)}",
-        f"  phrases: {listed(found.phrases)}; instances without a phrase: {found.without_phrases}",
-        f"  long edge, pixels: {listed(histogram(found.sizes, SIZE_EDGES))}",
-    ]
+    lines = found.facts()
+    lines.append(f"long edge, pixels: {_listed(histogram(found.sizes, SIZE_EDGES))}")
     if found.coverage:
-        lines.append(f"  coverage of the image: {listed(histogram(found.coverage, COVERAGE_EDGES))}")
-    if found.claims_alpha_but_binary:
-        lines.append(
-            f"  WARNING: {len(found.binary)} of {found.instances['alpha']} alphas are hard masks, for example"
-            f" {found.binary[0]}. Write them with kind 'mask': trained on as alphas they destroy soft hair."
-        )
-    lines += [f"  BAD: {line}" for line in found.bad]
-    return "\n".join(lines)
+        lines.append(f"coverage of the image: {_listed(histogram(found.coverage, COVERAGE_EDGES))}")
+    lines += found.wrong()
+    return "\n  ".join([f"{found.name}: {lines[0]}", *lines[1:]])
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name or '(none)'} {count}" for name, count in counts.items() if count) or "none"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,19 +330,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sheet-rows", type=int, default=12, help="images of each set on the contact sheet")
     parser.add_argument("--json", type=Path, help="write everything found here")
     settings = parser.parse_args(arguments)
-    tiles: list[str] = []
     results: list[Findings] = []
+    given = _indexes(settings.shards)
     try:
-        for given in [*settings.shards, *settings.against]:
-            index = ShardIndex.load(given, verify=not settings.no_checksums)
-            name = f"{index.dataset}/{index.split} ({given})"
+        for source in [*given, *_indexes(settings.against)]:
+            index = ShardIndex.load(source, verify=not settings.no_checksums)
+            name = f"{index.dataset}/{index.split} ({source})"
             rows = settings.sheet_rows if settings.sheet else 0
-            results.append(inspect(index, name, settings.limit, not settings.no_pixels, tiles, rows))
+            results.append(inspect(index, name, settings.limit, not settings.no_pixels, rows))
             print(describe(results[-1]))
     except InputError as error:
         print(f"inspect_shards: {error}", file=sys.stderr)
         return 1
-    train, test = results[: len(settings.shards)], results[len(settings.shards) :]
+    train, test = results[: len(given)], results[len(given) :]
     pairs = [
         {"train": f"{a.name}: {one}", "test": f"{b.name}: {two}", "bits": bits}
         for a in train
@@ -295,12 +354,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if test and not pairs:
         print("No near-duplicates between training and test sets.")
     if settings.sheet:
-        write_sheet(settings.sheet, tiles)
+        write_sheet(settings.sheet, results, pairs)
         print(f"Contact sheet: {settings.sheet}")
     if settings.json:
-        settings.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"sets": [found.to_json() for found in results], "near_duplicates": pairs}, indent=2)
-        settings.json.write_text(text + "\n", encoding="utf-8")
+        write_whole((text + "\n").encode(), settings.json)
     return int(bool(pairs) or any(found.bad or found.claims_alpha_but_binary for found in results))
 
 

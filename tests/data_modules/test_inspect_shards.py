@@ -52,6 +52,7 @@ def test_counts_and_histograms_are_those_of_the_shards(
     sheet = (tmp_path / "sheet.html").read_text()
     assert sheet.count("<section>") == 7
     assert sheet.count("data:image/jpeg") == 7 * 3
+    assert "7 images, instances: alpha 14" in sheet
     assert "http" not in sheet
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+from callbacks.sample_journal import digest
+from lit_matting.checks import InputError
+from lit_matting.records import MattingBatch
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -150,3 +156,78 @@ def test_checkpoint_without_the_streams_state_still_says_which_iteration_comes_n
     resumed = runner.with_changes(settings, tmp_path, "resumed", trainer={"max_steps": 9}, resume=str(path))
     runner.run(resumed)
     assert runner.lines(Path(resumed["journal"])) == runner.lines(Path(whole["journal"]))[6:]
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
+def test_another_number_of_workers_goes_on_with_the_same_batches_and_says_so(
+    runner: ModuleType,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    workers: tuple[int, int],
+) -> None:
+    before, after = workers
+    run = {"trainer": {"max_steps": 12}}
+    whole = runner.with_changes(settings, tmp_path, "whole", **run, data={"num_workers": before}, checkpoint_every=5)
+    runner.run(whole)
+    resume = str(tmp_path / "whole/step=0005.ckpt")
+    resumed = runner.with_changes(settings, tmp_path, "resumed", **run, data={"num_workers": after}, resume=resume)
+    runner.run(resumed)
+    assert runner.lines(Path(resumed["journal"])) == runner.lines(Path(whole["journal"]))[5:]
+    said = [record.message for record in caplog.records if "goes on" in record.message]
+    assert said == [f"The stream goes on at iteration 5 with {before} -> {after} workers: the batches are the same."]
+
+
+def test_limits_that_would_end_in_the_middle_of_an_iteration_are_refused(
+    runner: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(name: str, **trainer: Any) -> None:
+        runner.run(runner.with_changes(settings, tmp_path, name, trainer={"max_steps": 4, **trainer}))
+
+    with pytest.raises(InputError, match=r"a step would mix data sets; set `data\.epoch_iterations` instead"):
+        run("odd", accumulate_grad_batches=2, limit_train_batches=3)
+    run("even", accumulate_grad_batches=2, limit_train_batches=4)
+    run("quick", accumulate_grad_batches=2, fast_dev_run=True)
+
+
+def test_journal_lines_have_exactly_the_stated_fields(
+    runner: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = runner.with_changes(settings, tmp_path, "run", trainer={"max_steps": 3})
+    runner.run(run)
+    text = Path(run["journal"]).read_text()
+    for number, line in enumerate(text.splitlines()):
+        entry = json.loads(line)
+        assert list(entry) == ["iteration", "rank", "dataset", "keys", "digest"]
+        assert (entry["iteration"], entry["rank"], entry["dataset"]) == (number, 0, "aba"[number])
+        assert all(key.startswith(entry["dataset"] + "/") for key in entry["keys"])
+        assert len(entry["keys"]) == {"a": 4, "b": 3}[entry["dataset"]]
+        assert re.fullmatch("[0-9a-f]{40}", entry["digest"])
+
+
+def test_digest_changes_with_every_tensor_and_phrase() -> None:
+    def batch(**changes: Any) -> MattingBatch:
+        fields: dict[str, Any] = {
+            "image": torch.full((2, 3, 4, 4), 0.5),
+            "target": torch.full((2, 1, 4, 4), 0.5),
+            "has_alpha": torch.tensor([True, True]),
+            "prompts": ("a cat", "a dog"),
+            "prompt_kinds": ("", ""),
+            "keys": ("s/0/a", "s/0/b"),
+            "instance": torch.tensor([0, 1]),
+        }
+        return MattingBatch(**{**fields, **changes})
+
+    one_pixel = torch.full((2, 3, 4, 4), 0.5)
+    one_pixel[1, 2, 3, 3] = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))
+    others = [
+        batch(image=one_pixel),
+        batch(target=one_pixel[:, :1] + 0.25),
+        batch(has_alpha=torch.tensor([True, False])),
+        batch(prompts=("a dog", "a cat")),
+        batch(instance=torch.tensor([1, 0])),
+        batch(foreground=torch.full((2, 3, 4, 4), 0.5)),
+    ]
+    digests = {digest(item) for item in [batch(), *others]}
+    assert len(digests) == 1 + len(others)
+    assert digest(batch()) == digest(batch())

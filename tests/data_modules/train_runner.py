@@ -26,6 +26,7 @@ from data_modules import Augmentation, BenchmarkSource, InterleavedDataModule, I
 from lit_matting.backbones import TinyDiffusion
 from lit_matting.losses import AlphaLowResolution, CoarseTrimap, Refinement, SemanticTrimap, SoftGrounding
 from lit_matting.module import LitMatting
+from lit_matting.networks.heads import GroundingHead
 from lit_matting.networks.neck import Neck
 from lit_matting.networks.refiner import SparseRefiner
 from lit_matting.records import MattingBatch
@@ -63,10 +64,10 @@ class Small(LightningModule):
 
 
 def matting_model() -> LitMatting:
-    """The real module with its five terms, very small; plain gradient descent, whose steps are as large as gradients."""
+    """The real module with its five terms, very small, and plain gradient descent: steps as large as gradients."""
     torch.manual_seed(0)
     return LitMatting(
-        backbone=TinyDiffusion((16, 32), stem_channels=8, text_channels=16, max_tokens=6),
+        backbone=TinyDiffusion((16, 32), stem_channels=8, text_channels=16, max_tokens=16),
         losses={
             "stm": SemanticTrimap(),
             "ctm": CoarseTrimap(),
@@ -76,6 +77,8 @@ def matting_model() -> LitMatting:
         },
         image_size=32,
         neck=partial(Neck, channels=16),
+        # the tiny backbone's attention over all of a phrase's words sums to 1 everywhere: its standardised map is noise
+        grounding_head=partial(GroundingHead, similarity_scale=8.0, attention=False),
         refiner=SparseRefiner(feature_channels=4, widths=(8, 8), blocks=1, half_scale_above=64),
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
     )
