@@ -353,12 +353,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"NEAR-DUPLICATE: {pair['train']} and {pair['test']} ({pair['bits']} bits apart)")
     if test and not pairs:
         print("No near-duplicates between training and test sets.")
-    if settings.sheet:
-        write_sheet(settings.sheet, results, pairs)
-        print(f"Contact sheet: {settings.sheet}")
-    if settings.json:
-        text = json.dumps({"sets": [found.to_json() for found in results], "near_duplicates": pairs}, indent=2)
-        write_whole((text + "\n").encode(), settings.json)
+    try:
+        if settings.sheet:
+            write_sheet(settings.sheet, results, pairs)
+            print(f"Contact sheet: {settings.sheet}")
+        if settings.json:
+            text = json.dumps({"sets": [found.to_json() for found in results], "near_duplicates": pairs}, indent=2)
+            write_whole((text + "\n").encode(), settings.json)
+    except OSError as error:
+        print(f"inspect_shards: {error}", file=sys.stderr)
+        return 1
     return int(bool(pairs) or any(found.bad or found.claims_alpha_but_binary for found in results))
 
 
