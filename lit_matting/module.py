@@ -242,7 +242,7 @@ class LitMatting(pl.LightningModule):
         self.log("loss/total", total.detach(), batch_size=len(batch), prog_bar=True)
         return total
 
-    def validation_step(self, batch: MattingBatch, batch_index: int) -> None:
+    def validation_step(self, batch: MattingBatch, batch_index: int, dataloader_idx: int = 0) -> None:
         output = self._judged(batch)
         _update(self.val_score, output.alpha, batch)
 
@@ -253,7 +253,7 @@ class LitMatting(pl.LightningModule):
                 self.log(f"metric/{name}", float(card[name]), prog_bar=name != "band_mae", rank_zero_only=True)
         self.val_score.reset()
 
-    def test_step(self, batch: MattingBatch, batch_index: int) -> None:
+    def test_step(self, batch: MattingBatch, batch_index: int, dataloader_idx: int = 0) -> None:
         output = self._judged(batch)
         size = output.alpha.shape[-2:]
         mattes = {
@@ -265,7 +265,7 @@ class LitMatting(pl.LightningModule):
         for name, matte in mattes.items():
             _update(self.test_scores[name], matte, batch)
 
-    def predict_step(self, batch: MattingBatch, batch_index: int) -> MattingOutput:
+    def predict_step(self, batch: MattingBatch, batch_index: int, dataloader_idx: int = 0) -> MattingOutput:
         return matte_at_native_size(self.network, batch.image, batch.prompts, self.image_size)
 
     def _judged(self, batch: MattingBatch) -> MattingOutput:

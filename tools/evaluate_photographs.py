@@ -11,6 +11,9 @@ phrases of the photograph before.
 
     --pictures FOLDER   a sheet for each photograph: image, trimap, matte, cut-out, and the truth (do not publish those
                         of photographs whose licence does not allow it)
+    --figure FILE       one picture of the permissively licensed photographs: image, first phrase's matte, that of "the
+                        foreground", its cut-out, and the truth
+    --only GLOB         only photographs of such ids
     --report FILE       the report.json of `python -m lit_matting test`, for the table of the unseen cut-outs
     --document FILE     write the tables between the markers of `--name` in this file, for example docs/RESULTS.md
 """
@@ -18,6 +21,7 @@ phrases of the photograph before.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import sys
 from collections.abc import Sequence
@@ -119,8 +123,11 @@ def band_of(alpha: np.ndarray) -> np.ndarray:
     return (trimap[0, 0] == 0.5).numpy()
 
 
-def score(pipeline: MattingPipeline, examples: Sequence[Example], pictures: Path | None) -> list[dict[str, Any]]:
+def score(
+    pipeline: MattingPipeline, examples: Sequence[Example], pictures: Path | None, figure: Path | None
+) -> list[dict[str, Any]]:
     """Return one row for each photograph, method and phrase."""
+    shown: list[np.ndarray] = []
     alphas = {example.id: read_alpha(example.alpha) for example in examples}
     rows: list[dict[str, Any]] = []
     for number, example in enumerate(tqdm(examples, unit="photograph", disable=None)):
@@ -141,6 +148,10 @@ def score(pipeline: MattingPipeline, examples: Sequence[Example], pictures: Path
         for method, phrases in asked.items():
             results = pipeline(seen, list(phrases))
             mattes += [(method, result.phrase, result.alpha) for result in results]
+            if method == "model":
+                named = results[0]
+            if method == FOREGROUND and figure is not None and example.licence_class == "permissive":
+                shown.append(_row([_picture(named), named.alpha, results[0].alpha, _cut_out(results[0]), alpha]))
             if method == "model" and pictures is not None:
                 write_sheet(results, alpha, pictures / f"{example.id}.png")
         for method, phrase, matte in mattes:
@@ -153,6 +164,8 @@ def score(pipeline: MattingPipeline, examples: Sequence[Example], pictures: Path
                     **errors_of(matte, alpha, band),
                 }
             )
+    if figure is not None and shown:
+        _save(shown, figure)
     return rows
 
 
@@ -218,15 +231,30 @@ def _cell(value: float | None) -> str:
 
 def write_sheet(results: Sequence[Any], alpha: np.ndarray, path: Path) -> None:
     """Write a picture of one photograph: for each phrase image, trimap, matte, cut-out on green; the truth last."""
-    height = 240
-    rows = []
-    for result in results:
-        picture = result.photo.as_float()
-        cut = picture * result.alpha[..., None] + np.array([0.1, 0.7, 0.2]) * (1 - result.alpha[..., None])
-        tiles = [picture, result.trimap, result.alpha, cut, alpha]
-        rows.append(np.concatenate([_tile(tile, height) for tile in tiles], axis=1))
+    _save(
+        [_row([_picture(result), result.trimap, result.alpha, _cut_out(result), alpha]) for result in results],
+        path,
+    )
+
+
+def _picture(result: Any) -> np.ndarray:
+    return result.photo.as_float()
+
+
+def _cut_out(result: Any) -> np.ndarray:
+    alpha = result.alpha[..., None]
+    return _picture(result) * alpha + np.array([0.1, 0.7, 0.2]) * (1 - alpha)
+
+
+def _row(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([_tile(tile, 240) for tile in tiles], axis=1)
+
+
+def _save(rows: Sequence[np.ndarray], path: Path) -> None:
+    widest = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     with whole_file(path) as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")
+        Image.fromarray(np.concatenate(rows)).save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG")
 
 
 def _tile(array: np.ndarray, height: int) -> np.ndarray:
@@ -259,13 +287,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="report.json of `python -m lit_matting test`, to show as well")
     parser.add_argument("--out", type=Path, help="folder for photographs.json and photographs.csv")
     parser.add_argument("--pictures", type=Path, help="folder for a picture of each photograph")
+    parser.add_argument("--figure", type=Path, help="one picture of the permissively licensed photographs")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="only photographs of such ids")
     parser.add_argument("--document", type=Path, help="write the tables between the markers of `--name` in it")
     parser.add_argument("--name", default="compact", help="of the markers, and of the model in the table")
     options = parser.parse_args(arguments)
     try:
-        examples = read_index(options.data)
+        examples = [one for one in read_index(options.data) if fnmatch.fnmatchcase(one.id, options.only)]
+        if not examples:
+            raise InputError(f"`--only` {options.only!r} matches no photograph of {options.data}.")
         pipeline = MattingPipeline.from_checkpoint(options.checkpoint)
-        rows = score(pipeline, examples, options.pictures)
+        rows = score(pipeline, examples, options.pictures, options.figure)
         table = means(rows)
         groups = [example.group for example in examples]
         counts = {group: groups.count(group) for group in dict.fromkeys(groups)}

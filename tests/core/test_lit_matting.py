@@ -287,6 +287,17 @@ def test_test_scores_the_alpha_and_what_each_part_reached(
     assert all(card["grounding_accuracy"] == 1.0 for card in cards.values())
 
 
+@pytest.mark.usefixtures("oracle")
+def test_several_benchmarks_are_judged_together(
+    make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch
+) -> None:
+    model = make_model()
+    both = [loader(make_batch()), loader(make_batch())]
+    make_trainer().validate(model, both, verbose=False)
+    make_trainer().test(model, both, verbose=False)
+    assert model.test_scores["alpha"].compute()["overall"]["count"] == 2 * len(make_batch())
+
+
 def test_validation_without_instances_says_what_to_use(
     make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch
 ) -> None:
