@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn as nn
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lit_matting.checks import InputError
+
+log = logging.getLogger(__name__)
 
 
 class EMA(WeightAveraging):
@@ -19,6 +23,8 @@ class EMA(WeightAveraging):
     A copy of Stable Diffusion 2.1's autoencoder and text encoder would cost 1.5 GB and say nothing, and an average of
     equal numbers is not always exactly that number. Buffers stay those of the current model. The checkpoint's
     ``state_dict`` holds the average, ``current_model_state`` the trained weights as they are, to train on from.
+
+    Where a strategy shards the parameters there is nothing whole to average: it stands aside, and says so.
 
     Args:
         decay: Share of the average that a step keeps.
@@ -33,21 +39,28 @@ class EMA(WeightAveraging):
         self.start_step = start_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            log.warning("EMA: the strategy shards the parameters, so no average is kept; checkpoints hold the weights.")
+            return
         super().setup(trainer, _Trained(pl_module), stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # the average was made before the model went to its device
-        self._average_model.to(self._device or pl_module.device)
+        if self._average_model is not None:
+            self._average_model.to(self._device or pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._average_model is None:
+            return
         if trainer.global_step <= self.start_step:
             self._average_model.n_averaged.zero_()  # the next update copies
         super().on_train_batch_end(trainer, _Trained(pl_module), outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, _Trained(pl_module))
+        if self._average_model is not None:
+            super().on_train_end(trainer, _Trained(pl_module))
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_epoch_start(trainer, _Trained(pl_module))

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn as nn
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from callbacks import EMA
@@ -153,6 +154,24 @@ def test_run_goes_on_from_a_checkpoint_without_an_average(
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     _, _, record, _ = fit(2, EMA(decay=0.8), resume=tmp_path / "plain.ckpt")
     torch.testing.assert_close(record.validated[-1], record.steps[-1])  # the first update copies
+
+
+def test_average_stands_aside_where_parameters_are_sharded(
+    make_model: MakeModel, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    ema, model = EMA(), make_model()
+    trainer = make_trainer([ema])
+    trainer.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
+    with caplog.at_level("WARNING", logger="callbacks.ema"):
+        ema.setup(trainer, model, "fit")
+    assert "the strategy shards the parameters, so no average is kept" in caplog.text
+    checkpoint = {"state_dict": model.state_dict()}
+    ema.on_fit_start(trainer, model)
+    ema.on_train_batch_end(trainer, model, None, None, 0)
+    ema.on_validation_epoch_start(trainer, model)
+    ema.on_train_end(trainer, model)
+    ema.on_save_checkpoint(trainer, model, checkpoint)
+    assert set(checkpoint) == {"state_dict"}
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

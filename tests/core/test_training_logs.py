@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from callbacks import GradientNorms, Preview, tensorboard_if_installed
+from lit_matting.cli import main
 from lit_matting.module import LitMatting
 from lit_matting.optimization import Constant
 from lit_matting.records import MattingBatch, MattingOutput
@@ -89,6 +90,19 @@ def test_preview_is_drawn_at_every_validation_and_goes_to_tensorboard(
     assert seen == [("preview", 1), ("preview", 2)]
     with Image.open(tmp_path / "preview" / "step_0000001.png") as picture:
         assert picture.height == 20 + 20 + 160 + 4
+
+
+def test_both_loggers_are_named_in_a_config_and_write(experiment: Path) -> None:
+    pytest.importorskip("tensorboard")
+    folder = experiment.parent
+    loggers = (
+        f"[{{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {folder}, name: logs}}}},"
+        f" {{class_path: callbacks.tensorboard_if_installed, init_args: {{save_dir: {folder}}}}}]"
+    )
+    flags = [f"--trainer.logger={loggers}", "--trainer.log_every_n_steps=1"]
+    assert main(["fit", "--config", str(experiment), *flags]) == 0
+    assert "loss/total" in (folder / "logs/version_0/metrics.csv").read_text()
+    assert list((folder / "tensorboard" / "version_0").glob("events.out.tfevents.*"))
 
 
 def test_without_tensorboard_the_other_loggers_still_write(
