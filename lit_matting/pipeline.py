@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 
+from lit_matting.backbones.image import VAEEncoder
 from lit_matting.checkpoints import Checkpoint, build_network, frozen_prefixes, read_checkpoint
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.confidence import Calibration, best_threshold, confidence_of
@@ -305,6 +306,10 @@ class MattingPipeline(ModelHubMixin):
                     part = getattr(part, attribute, None)
                 if part is not None:
                     _to_half(part, DTYPES[self.precision])
+        encoder = getattr(self.network.backbone, "image_encoder", None)
+        if self.precision == "bf16" and isinstance(encoder, VAEEncoder):
+            # half of a call's work, and half of its memory; autocast never reaches it
+            encoder.to(torch.bfloat16)
         self._ready = True
 
     def calibrate(self, examples: Iterable[tuple[Any, str, bool]]) -> Calibration:

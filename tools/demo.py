@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed = [] if options.seed is None else ["--seed_everything", str(options.seed)]
         _run("-m", "lit_matting", "fit", *config, *seed)
         _run("-m", "lit_matting", "test", *config, "--ckpt_path", str(checkpoint))
+        held_out = ["--shards", str(shards / "val.index.json"), "--judge", str(shards / "test.index.json")]
+        figures = ["--out", str(options.folder / "calibration.json")]
+        _run("tools/calibrate.py", str(checkpoint), *held_out, *figures)
     picture = draw(checkpoint, options.folder / "shards/test.index.json", options.folder / "picture.png")
     report = json.loads((options.folder / "report.json").read_text())
     console = Console(width=max(100, Console().width))

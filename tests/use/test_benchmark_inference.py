@@ -1,0 +1,81 @@
+"""The inference benchmark measures what it says and judges by its limits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.benchmark_inference import (
+    END,
+    MEBIBYTE,
+    START,
+    forget_peak,
+    in_turns,
+    markdown,
+    peak_bytes,
+    promises,
+    write_between_markers,
+)
+
+
+def report(together: float = 0.4) -> dict:
+    return {
+        "command": "python tools/benchmark_inference.py",
+        "processor": "a processor",
+        "network": "a network",
+        "start": {"import": 0.1, "matte --help": 2.0},
+        "small": {
+            "side": 128,
+            "seconds": {"eight together": together, "eight one by one": 0.8},
+            "calls": 200,
+            "growth": 3 * MEBIBYTE,
+        },
+        "full": {
+            "bf16": {
+                "seconds": {"first call": 10.0, "second phrase": 5.0, "4000 x 3000": 20.0},
+                "peaks": {"first call": 500 * MEBIBYTE, "second phrase": 0, "4000 x 3000": 3000 * MEBIBYTE},
+            },
+            "fp32": {"seconds": {"first call": 15.0}, "peaks": {"first call": 900 * MEBIBYTE}},
+        },
+    }
+
+
+def test_every_promise_is_a_ratio_against_its_limit() -> None:
+    found = {item["name"]: (item["value"], item["kept"]) for item in promises(report())}
+    assert found["small network: a batch of 8 / one by one"] == (0.5, True)
+    assert found["full size: second phrase / first call"] == (0.5, True)
+    assert found["full size: fp32 / bf16 time"] == (1.5, False)
+    assert found["full size, 512 x 512: memory beside the weights, MiB"] == (500, True)
+    assert found["full size, 4000 x 3000: memory beside the weights, MiB"] == (3000, False)
+    assert found["matte --help, seconds"] == (2.0, False)
+    assert not promises(report(together=0.7))[0]["kept"]
+
+
+def test_only_what_lies_between_the_markers_is_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    said = {**report(), "promises": promises(report())}
+    write_between_markers(page, markdown(said))
+    text = page.read_text()
+    assert text.startswith(f"before\n{START}\nMeasured by `python tools/benchmark_inference.py`")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    assert "| full size: fp32 / bf16 time | 1.50 | >= 2 | **missed** |" in text
+
+
+def test_times_are_processor_time_and_not_waiting() -> None:
+    seconds = in_turns({"wait": lambda: time.sleep(0.05), "work": lambda: sum(range(300_000))}, 3)
+    assert seconds["wait"] < 0.02
+    assert seconds["work"] > seconds["wait"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_what_was_let_go_again() -> None:
+    before = forget_peak()
+    np.ones(64 * MEBIBYTE, np.uint8).sum()
+    assert peak_bytes() - before > 60 * MEBIBYTE
+    assert peak_bytes() - forget_peak() > 50 * MEBIBYTE
