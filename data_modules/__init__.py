@@ -15,6 +15,7 @@ from data_modules.transforms import Augmentation
 
 if TYPE_CHECKING:
     from data_modules.interleaved import InterleavedDataModule
+    from data_modules.prediction_shards import PredictionShards
 
 __all__ = [
     "Augmentation",
@@ -22,6 +23,7 @@ __all__ = [
     "FolderSource",
     "InterleavedDataModule",
     "InterleavedSchedule",
+    "PredictionShards",
     "ShardSource",
 ]
 
@@ -32,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from data_modules.interleaved import InterleavedDataModule
 
         return InterleavedDataModule
+    if name == "PredictionShards":
+        from data_modules.prediction_shards import PredictionShards
+
+        return PredictionShards
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -104,6 +104,9 @@ def run_trainer(arguments: list[str]) -> int:
         def before_instantiate_classes(self) -> None:
             if self.subcommand in ("validate", "test", "predict"):
                 self.config[self.subcommand].model.teacher = None  # only training asks it
+            if self.subcommand == "predict":
+                # callbacks write each matte as it is made; kept for a caller that is not there, all would fill memory
+                self.config[self.subcommand].return_predictions = False
             self._say_which_weights()
 
         def _say_which_weights(self) -> None:
