@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import save_tiny_pipeline
 
+from lit_matting.backbones import StableDiffusion
+from lit_matting.networks.matting_network import MattingNetwork
 from lit_matting.pipeline import MattingPipeline
 from tools.export import main
 from tools.exporting.branches import ImageBranch, TextBranch, graphs, shrink_weights
@@ -110,6 +113,27 @@ def test_a_graph_of_int8_weights_holds_integers_and_runs(checkpoint: Path, tmp_p
     (latent,) = session.run(None, {"image": pixels.numpy()})
     with torch.no_grad():
         assert (torch.from_numpy(latent) - ImageBranch(network)(pixels)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_stable_diffusions_text_and_image_graphs_are_exported_too(tmp_path: Path) -> None:
+    save_tiny_pipeline(tmp_path / "sd")
+    network = MattingNetwork(StableDiffusion(str(tmp_path / "sd"), text_tokens=12)).eval().requires_grad_(False)
+    for graph in graphs(network, 64)[:2]:
+        write_graph(graph, tmp_path, ["onnx"])
+    with torch.no_grad():
+        text = network.backbone.encode_text(PHRASES)
+        pixels = torch.rand(3, 3, 64, 64)
+        latent = network.backbone.encode_image(pixels)
+    numbers = network.backbone.text_encoder.spell(PHRASES)
+    sessions = [
+        onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        for name in ("text", "image")
+    ]
+    found = sessions[0].run(None, {f"phrase_{name}": value.numpy() for name, value in numbers.items()})
+    for value, name in zip(found, ("tokens", "words", "valid", "pooled")):
+        assert np.abs(value.astype(np.float32) - getattr(text, name).float().numpy()).max() < 1e-4
+    assert np.abs(sessions[1].run(None, {"image": pixels.numpy()})[0] - latent.numpy()).max() < 1e-4
 
 
 def test_phrases_as_numbers_have_the_features_of_phrases(matting: MattingPipeline) -> None:

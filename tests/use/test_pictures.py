@@ -238,6 +238,18 @@ def test_heic_without_its_plug_in_says_what_to_install(tmp_path: Path, monkeypat
         read_photo(tmp_path / "a.heic")
 
 
+def test_heic_is_read_where_the_plug_in_is_installed(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra `heic`")
+    heif.register_heif_opener()
+    halves = np.zeros((48, 64, 3), np.uint8)
+    halves[:24], halves[24:] = [200, 30, 40], [20, 60, 220]
+    path = saved(tmp_path / "a.HEIC", Image.fromarray(halves), format="HEIF", quality=95)
+    colour = read_photo(path).colour.astype(int)
+    assert colour.shape == (48, 64, 3)
+    assert np.abs(colour[4:20] - [200, 30, 40]).max() <= 6
+    assert np.abs(colour[28:44] - [20, 60, 220]).max() <= 6
+
+
 def test_arrays_and_tensors_of_every_kind_mean_the_same() -> None:
     floats = (RAMP / 255).astype(np.float32)
     for source in (

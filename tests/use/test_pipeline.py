@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import save_tiny_pipeline
 
+from lit_matting.backbones import StableDiffusion
 from lit_matting.checkpoints import build_network, read_checkpoint
 from lit_matting.checks import InputError
 from lit_matting.devices import pick_device, pick_precision
 from lit_matting.networks.inference import matte_at_native_size
+from lit_matting.networks.matting_network import MattingNetwork
 from lit_matting.pipeline import MattingPipeline
 
 PHRASES = ["the red thing", "the leftmost one", "glass"]
@@ -142,6 +145,21 @@ def test_half_precision_is_as_near_to_full_as_autocast_is(
     assert half.network.neck.project["8"].weight.dtype == torch.bfloat16
     assert half.network.refiner.scales["full_scale"].leave.weight.dtype == torch.float32
     assert "bf16, the refiner in fp32" in half.describe()
+
+
+def test_in_bf16_the_frozen_autoencoder_is_bf16_too_and_sees_nearly_the_same(
+    photograph: np.ndarray, tmp_path: Path
+) -> None:
+    save_tiny_pipeline(tmp_path / "sd")
+
+    def latent(precision: str) -> tuple[torch.Tensor, torch.dtype]:
+        network = MattingNetwork(StableDiffusion(str(tmp_path / "sd"), text_tokens=12))
+        matting = MattingPipeline(network, 64, device="cpu", precision=precision)
+        return matting.encode(photograph).latent, network.backbone.image_encoder.dtype
+
+    (full, full_dtype), (half, half_dtype) = latent("fp32"), latent("bf16")
+    assert (full_dtype, half_dtype, half.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert 0 < (half - full).abs().mean() < 0.02 * full.abs().mean()
 
 
 def test_device_and_precision_are_chosen_and_checked() -> None:
