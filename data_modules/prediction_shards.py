@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from data_modules.shard_writer import InstanceEntry, ShardWriter
 from lit_matting.records import MattingBatch, MattingOutput
-from lit_matting.version import VERSION
 
 
 class PredictionShards(BasePredictionWriter):
@@ -40,8 +39,8 @@ class PredictionShards(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin this process's shards."""
         prefix = self.prefix if trainer.world_size == 1 else f"{self.prefix}-{trainer.global_rank}"
-        tool = f"lit_matting predict {VERSION}"
-        self._writer = ShardWriter(self.folder, prefix, self.prefix, "predict", tool, self.max_samples).__enter__()
+        writer = ShardWriter(self.folder, prefix, self.prefix, "predict", "lit_matting predict", self.max_samples)
+        self._writer = writer.__enter__()
 
     def write_on_batch_end(
         self,

@@ -6,7 +6,7 @@
 Processor time of one thread; what is compared is measured in turns, and medians count. Without a checkpoint the small
 network is that of configs/experiment/demo.yaml with random weights. Random weights are uncertain of every pixel, which
 would make the refiner work on all of them: in the place of what their heads say, trimap and alpha are those of a drawn
-disc, whose edge makes about a tenth of the pixels uncertain.
+disc, whose edge makes 3 % of the pixels uncertain, before the refiner takes their neighbours in.
 
 The full size is Stable Diffusion 2.1's with random weights, in a fresh process for each precision; memory is that
 process's peak beyond what it held before the call, weights included in the latter. The exit status is 1 when a promise
