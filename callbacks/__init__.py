@@ -6,6 +6,7 @@ from callbacks.gradient_norms import GradientNorms
 from callbacks.loggers import tensorboard_if_installed
 from callbacks.loss_ramp import LossRamp
 from callbacks.prediction_writer import PredictionWriter
+from callbacks.preemption import Preemption
 from callbacks.preview import Preview
 from callbacks.sample_journal import SampleJournal
 
@@ -15,6 +16,7 @@ __all__ = [
     "GradientNorms",
     "LossRamp",
     "PredictionWriter",
+    "Preemption",
     "Preview",
     "SampleJournal",
     "tensorboard_if_installed",

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn as nn
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
@@ -26,6 +27,7 @@ from lit_matting.networks.neck import Neck
 from lit_matting.networks.refiner import SparseRefiner
 from lit_matting.optimization import Cosine, LearningRateSchedule, parameter_groups
 from lit_matting.records import MattingBatch, MattingOutput
+from lit_matting.sharding import shard
 from lit_matting.targets import MattingTargets, targets_for
 from lit_matting.teacher import Teacher
 
@@ -103,6 +105,7 @@ class LitMatting(pl.LightningModule):
         self.learning_rate_scales = learning_rate_scales or {}
         self.trainable = trainable
         self.trimap_kernel = trimap_kernel
+        self._sharded = False
         self.strict_loading = False  # frozen parts are not in checkpoints; load_state_dict checks the rest itself
         self._freeze()
         self.teacher = None if teacher is None else Teacher.from_checkpoint(teacher, self.network)
@@ -175,6 +178,19 @@ class LitMatting(pl.LightningModule):
             )
         self.network.backbone.frozen_hashes()  # now: a strategy may spread the weights over processes later
 
+    def configure_model(self) -> None:
+        """Spread the trained weights over the processes, where the strategy is ModelParallelStrategy (FSDP2)."""
+        if self.device_mesh is None or self._sharded:
+            return
+        averaging = [item for item in self.trainer.callbacks if isinstance(item, WeightAveraging)]
+        if averaging:
+            raise InputError(
+                f"{type(averaging[0]).__name__} cannot average weights that are spread over processes: drop it from"
+                " `trainer.callbacks`, or train with configs/trainer/ddp8.yaml."
+            )
+        shard(self.network, self.device_mesh["data_parallel"])
+        self._sharded = True
+
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
@@ -233,7 +249,7 @@ class LitMatting(pl.LightningModule):
         if self.teacher is not None:
             targets = dataclasses.replace(targets, teacher=self.teacher(batch, output, latent))
         total, values = self.objective(output, targets)
-        if not refine and self.network.refiner is not None:
+        if not refine and self.network.refiner is not None and not self._sharded:
             # the refiner waits for its turn, but distributed training must see its parameters
             idle = [*self.network.refiner.parameters(), *self.network.project.parameters()]
             total = total + 0.0 * sum(parameter.sum() for parameter in idle if parameter.requires_grad)

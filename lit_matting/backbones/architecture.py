@@ -61,13 +61,15 @@ def random_model(build: Callable[[], Model], dtype: torch.dtype = torch.float32)
 
     Args:
         build: Makes the model; called on the meta device.
-        dtype: Of the weights.
+        dtype: Of the weights. Under ``torch.device("meta")`` the model stays there, without contents.
 
     Raises:
         TypeError: If the model has a parameter or buffer of a kind that is not known here.
     """
     with torch.device("meta"):
         model = build()
+    if torch.get_default_device().type == "meta":
+        return nn.Module.to(model, dtype)  # diffusers' own warns of what does not concern models without contents
     # one tensor at a time, so that a bfloat16 model never exists in float32
     generator = torch.Generator().manual_seed(0)
     # a prime length, so that no weight matrix has rows that repeat, and short enough for the processor's cache

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -29,6 +32,55 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
         """Return the latent (B, C, H / stride, W / stride) of images (B, 3, H, W) in [0, 1]."""
+
+
+class LatentCache:
+    """Remembers the latents of images: a frozen encoder repeats its answers.
+
+    Images are known by their pixels, not by a name, so a changed one is another image: the cache is never wrong, and of
+    no use where augmentation makes every image new. It pays for validation sets, for data sets without augmentation and
+    for several phrases of one photograph. Least recently used latents are dropped first; they lie in main memory.
+
+    Args:
+        size: Latents to remember, 64 KB each for Stable Diffusion at 512 pixels; 0 remembers none.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 0:
+            raise InputError(f"`cached_latents` must be 0 or more, got {size}.")
+        self.size = size
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def look_up(self, image: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the latents of images (B, 3, H, W); ``encode`` is asked about unknown ones only, each once."""
+        keys = [self._key(row) for row in image]
+        missing = {key: index for index, key in enumerate(keys) if key not in self._known}
+        found = {key: self._known[key] for key in keys if key in self._known}
+        if missing:
+            # a validation's inference mode must not leave tensors behind that training may not use
+            with torch.inference_mode(False), torch.no_grad():
+                latents = encode(image[list(missing.values())].clone())
+            found.update((key, latent.cpu()) for key, latent in zip(missing, latents))
+        for key in keys:
+            self._known[key] = found[key]
+            self._known.move_to_end(key)
+        while len(self._known) > self.size:
+            self._known.popitem(last=False)
+        return torch.stack([found[key] for key in keys]).to(image.device)
+
+    @staticmethod
+    def _key(image: Tensor) -> bytes:
+        pixels = image.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
+        digest.update(pixels.flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
 
 
 class VAEEncoder(ImageEncoder):

@@ -7,7 +7,7 @@ removed: it would get no gradient, and its meaning (noise, v or image) would dep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_matting.backbones.attention import AttentionStore, record_cross_attention
 from lit_matting.backbones.base import Backbone, BackboneOutput, TextFeatures
-from lit_matting.backbones.image import DTYPES, ImageEncoder, Precision, VAEEncoder
+from lit_matting.backbones.image import DTYPES, ImageEncoder, LatentCache, Precision, VAEEncoder
 from lit_matting.backbones.loading import load_parts
 from lit_matting.backbones.pruning import Pruning, block_map, prune, pruning_between
 from lit_matting.backbones.text import MAX_TOKENS, CLIPEncoder, TextAdapter, TextEncoder
@@ -42,6 +42,8 @@ class DiffusionBackbone(Backbone):
         gradient_checkpointing: Recompute UNet blocks in the backward pass: less memory, about a third more time.
         train_unet: Train the UNet. Otherwise it is a frozen part as the encoders are, though gradients still pass
             through it to the text adapter.
+        cached_latents: Images whose latents are remembered, known by their pixels; see
+            :class:`~lit_matting.backbones.image.LatentCache`. Only for a frozen image encoder.
     """
 
     addition_embed_type: str | None = None
@@ -57,8 +59,12 @@ class DiffusionBackbone(Backbone):
         fused_self_attention: bool = True,
         gradient_checkpointing: bool = False,
         train_unet: bool = True,
+        cached_latents: int = 0,
     ) -> None:
         super().__init__()
+        if cached_latents and not image_encoder.frozen:
+            raise InputError("`cached_latents` must be 0 where the image encoder is trained: its latents change.")
+        self.latents = LatentCache(cached_latents)
         _check_fit(unet, text_encoder, self.addition_embed_type)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -93,7 +99,11 @@ class DiffusionBackbone(Backbone):
         self._before_upsampling.append(inputs[0])
 
     def encode_image(self, image: Tensor) -> Tensor:
-        return self.image_encoder(image)
+        return self.latents.look_up(image, self.image_encoder) if self.latents.size else self.image_encoder(image)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiffusionBackbone:
+        self.latents.clear()  # in another precision they may be others
+        return super()._apply(fn, recurse)
 
     def encode_text(self, phrases: Sequence[str]) -> TextFeatures:
         return self.text_encoder(phrases)
@@ -199,6 +209,7 @@ class StableDiffusion(DiffusionBackbone):
         frozen_precision: Of the autoencoder's and the text encoder's weights and arithmetic.
         pruning: Leave blocks of the UNet out: a student, initialised from the weights it was given.
         cached_phrases: Phrases whose text features are remembered.
+        cached_latents: See :class:`~lit_matting.backbones.DiffusionBackbone`.
     """
 
     def __init__(
@@ -220,6 +231,7 @@ class StableDiffusion(DiffusionBackbone):
         frozen_precision: Precision = "fp32",
         pruning: Pruning | None = None,
         cached_phrases: int = 1024,
+        cached_latents: int = 0,
     ) -> None:
         parts = load_parts(
             pretrained,
@@ -252,6 +264,7 @@ class StableDiffusion(DiffusionBackbone):
             mask_padding=mask_padding,
             gradient_checkpointing=gradient_checkpointing,
             train_unet=train_unet,
+            cached_latents=cached_latents,
         )
         self.pretrained = pretrained
         self.architecture = architecture

@@ -38,6 +38,7 @@ class StableDiffusionXL(DiffusionBackbone):
         frozen_precision: Of the autoencoder's and the text encoders' weights and arithmetic.
         pruning: Leave blocks of the UNet out.
         cached_phrases: Phrases whose text features are remembered.
+        cached_latents: See :class:`~lit_matting.backbones.DiffusionBackbone`.
     """
 
     addition_embed_type = "text_time"
@@ -57,6 +58,7 @@ class StableDiffusionXL(DiffusionBackbone):
         frozen_precision: Precision = "fp32",
         pruning: Pruning | None = None,
         cached_phrases: int = 1024,
+        cached_latents: int = 0,
     ) -> None:
         parts = load_xl_parts(pretrained, architecture, revision, DTYPES[unet_precision], DTYPES[frozen_precision])
         super().__init__(
@@ -69,6 +71,7 @@ class StableDiffusionXL(DiffusionBackbone):
             mask_padding=mask_padding,
             gradient_checkpointing=gradient_checkpointing,
             train_unet=train_unet,
+            cached_latents=cached_latents,
         )
         self.pretrained = pretrained
         self.architecture = architecture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -52,15 +54,22 @@ class GroundingHead(nn.Module):
         if not (similarity or attention):
             raise ValueError("a GroundingHead needs `similarity`, `attention` or both.")
         self.attention = attention
-        self.slope = nn.Parameter(torch.tensor(1.0 if similarity_scale else 4.0)) if attention else None
-        self.offset = nn.Parameter(torch.tensor(-2.0 if similarity_scale else 0.0))
+        self.slope = nn.Parameter(torch.tensor([1.0 if similarity_scale else 4.0])) if attention else None
+        self.offset = nn.Parameter(torch.tensor([-2.0 if similarity_scale else 0.0]))
         self.similarity = similarity
         if similarity:
             self.image_projection = nn.Sequential(
                 norm(channels), nn.SiLU(), nn.Conv2d(channels, similarity_channels, 1)
             )
             self.text_projection = nn.Linear(text_channels, similarity_channels)
-            self.similarity_scale = nn.Parameter(torch.tensor(float(similarity_scale)))
+            self.similarity_scale = nn.Parameter(torch.tensor([float(similarity_scale)]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # numbers were of no dimension once; sharding wants one
+        for name in ("slope", "offset", "similarity_scale"):
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, backbone: BackboneOutput, features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the logits (B, 1, h, w) on the grid of ``features``, and each layer's word map (B, h_l, w_l)."""
