@@ -141,6 +141,7 @@ def test_arithmetic_of_a_layer_is_what_is_worked_out_by_hand(predicted: Callable
     assert found["parts"]["text encoder"]["forward_flops"] == projections + feed_forward + attention
 
 
+@pytest.mark.slow
 def test_memory_grows_with_batch_and_size_and_shrinks_with_gradient_checkpointing(
     predicted: Callable[..., dict[str, Any]], middling: str
 ) -> None:
