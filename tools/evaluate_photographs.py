@@ -15,6 +15,7 @@ phrases of the photograph before.
                         foreground", its cut-out, and the truth
     --only GLOB         only photographs of such ids
     --report FILE       the report.json of `python -m lit_matting test`, for the table of the unseen cut-outs
+    --collect           run nothing: take what an earlier run wrote to OUT
     --document FILE     write the tables between the markers of `--name` in this file, for example docs/RESULTS.md
 """
 
@@ -286,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with index.json")
     parser.add_argument("--report", type=Path, help="report.json of `python -m lit_matting test`, to show as well")
     parser.add_argument("--out", type=Path, help="folder for photographs.json and photographs.csv")
+    parser.add_argument("--collect", action="store_true", help="run nothing: take what an earlier run wrote to --out")
     parser.add_argument("--pictures", type=Path, help="folder for a picture of each photograph")
     parser.add_argument("--figure", type=Path, help="one picture of the permissively licensed photographs")
     parser.add_argument("--only", default="*", metavar="GLOB", help="only photographs of such ids")
@@ -293,27 +295,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="compact", help="of the markers, and of the model in the table")
     options = parser.parse_args(arguments)
     try:
+        if options.collect and not options.out:
+            raise InputError("`--collect` reads what an earlier run wrote: say where with `--out`.")
         examples = [one for one in read_index(options.data) if fnmatch.fnmatchcase(one.id, options.only)]
         if not examples:
             raise InputError(f"`--only` {options.only!r} matches no photograph of {options.data}.")
-        pipeline = MattingPipeline.from_checkpoint(options.checkpoint)
-        rows = score(pipeline, examples, options.pictures, options.figure)
-        table = means(rows)
-        groups = [example.group for example in examples]
-        counts = {group: groups.count(group) for group in dict.fromkeys(groups)}
-        command = " ".join(["python", "tools/evaluate_photographs.py", *(arguments or sys.argv[1:])])
+        if options.collect:
+            kept = json.loads((options.out / "photographs.json").read_text())
+            table, counts, command, rows = kept["means"], kept["counts"], kept["command"], []
+        else:
+            pipeline = MattingPipeline.from_checkpoint(options.checkpoint)
+            rows = score(pipeline, examples, options.pictures, options.figure)
+            table = means(rows)
+            groups = [example.group for example in examples]
+            counts = {group: groups.count(group) for group in dict.fromkeys(groups)}
+            command = " ".join(["python", "tools/evaluate_photographs.py", *(arguments or sys.argv[1:])])
         text = f"`{command}`\n\n{photograph_table(table, counts, options.name)}"
         if options.report:
             report = json.loads(options.report.read_text())
             count = report["scores"]["alpha"]["overall"]["count"]
-            text = f"{count} phrases on unseen cut-outs\n\n{unseen_table(report)}\n\nReal photographs: {text}"
+            text = f"{count} phrases for unseen cut-outs:\n\n{unseen_table(report)}\n\nReal photographs: {text}"
         if options.document:
             write_between_markers(text, options.name, options.document)
     except (InputError, OSError) as error:
         print(f"evaluate_photographs: error: {error}", file=sys.stderr)
         return 2
     print(text)
-    if options.out:
+    if options.out and not options.collect:
         write_whole(to_csv(rows), options.out / "photographs.csv")
         write_whole(to_json({"means": table, "counts": counts, "command": command}), options.out / "photographs.json")
     return 0

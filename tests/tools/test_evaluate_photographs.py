@@ -62,7 +62,11 @@ def test_a_model_that_knows_the_truth_is_perfect_and_the_blind_ones_are_what_the
     assert found["the mean alpha of the others"]["a"]["mae"] == pytest.approx(1.0)
     # and another photograph's phrases find nothing
     assert found["the phrases of another photograph"] == found["nothing"]
-    assert "| compact, by phrase" in capsys.readouterr().out
+    first = capsys.readouterr().out
+    assert "| compact, by phrase" in first
+    # the same table again, without a model
+    assert main(["--checkpoint", "none", "--data", str(photographs), "--out", str(out), "--collect"]) == 0
+    assert capsys.readouterr().out == first
 
 
 def test_a_photograph_with_many_phrases_counts_as_much_as_one_with_few() -> None:
