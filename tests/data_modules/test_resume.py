@@ -101,7 +101,7 @@ def test_changed_accumulation_repeats_nothing_the_epoch_has_used(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "accumulate", "processes", "seconds"), [(0, 2, 1, 0.05), (2, 1, 1, 0.0), (1, 2, 2, 0.02)]
+    ("workers", "accumulate", "processes", "seconds"), [(0, 2, 1, 0.05), (2, 1, 1, 0.0), (2, 2, 2, 0.02)]
 )
 def test_killed_run_goes_on_as_if_never_killed(
     runner: ModuleType,

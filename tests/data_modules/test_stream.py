@@ -186,6 +186,24 @@ def test_instances_are_put_onto_other_backgrounds_by_the_matting_equation(tmp_pa
     assert torch.allclose(batch.foreground[0, :, 0, 0], torch.tensor([250, 10, 10]) / 255)
 
 
+def test_new_backgrounds_are_drawn_again_the_same(tmp_path: Path, picture: Picture) -> None:
+    with ShardWriter(tmp_path / "f", prefix="f", tool="t") as writer:
+        for number in range(6):
+            image, alphas = picture(number)
+            colours = np.full((24, 24, 3), 40 * number, np.uint8)
+            entries = [InstanceEntry(f"{k}", a, phrases=[("it", "")], foreground=colours) for k, a in enumerate(alphas)]
+            writer.write(f"{number}", image, "png", entries)
+    for number in range(5):
+        cv2.imwrite(str(tmp_path / f"b{number}.png"), picture(100 + number, size=40)[0])
+    source = ShardSource(str(tmp_path / "f"), batch_size=6, backgrounds=str(tmp_path / "*.png"))
+    runs = [stream(4, {"f": source}, augment=Augmentation(), num_workers=workers) for workers in (0, 1)]
+    plain = stream(4, {"f": ShardSource(str(tmp_path / "f"), batch_size=6)}, augment=Augmentation())
+    for first, second in zip(*runs):
+        assert torch.equal(first.image, second.image)
+        assert torch.equal(first.target, second.target)
+    assert not all(torch.equal(one.image, other.image) for one, other in zip(runs[0], plain))
+
+
 def test_missing_data_sets_are_left_out_or_refused(pictures: Pictures, caplog: pytest.LogCaptureFixture) -> None:
     train = {"a": ShardSource(str(pictures("a", 3))), "b": ShardSource("/nowhere/train.index.json")}
     schedule = InterleavedSchedule(["a", "b"], 4, ["c"])
