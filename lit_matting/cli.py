@@ -1,4 +1,5 @@
-"""The command line: ``fit | validate | test | predict`` are Lightning's, ``matte`` cuts one thing out of one photo."""
+"""The command line: ``fit | validate | test | predict`` are Lightning's, ``matte`` cuts one thing out of one photo, and
+``demo`` shows a page in the browser that does so."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ train and judge (configuration files and flags; see --help of each):
 
 use:
   matte      PHOTO "PHRASE" --checkpoint CKPT -o OUT.png  cut one thing out of one photo
+  demo       --checkpoint CKPT                            the same in the browser
 """
+SHOWN_SEED = 77_000_001  # no experiment trains on it
+SHOWN = ((3, 0, 2), (8, 0, 2), (13, 2, 2), (4, 0, 2))
+"""Scenes that the page offers: number, object, and the phrase for it: a material, another, a place, another."""
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    if arguments[0] not in (*TRAINER_COMMANDS, "matte"):
+    if arguments[0] not in (*TRAINER_COMMANDS, "matte", "demo"):
         print(f"{PROG}: error: there is no command {arguments[0]!r}; see {PROG} --help", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -45,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lit_matting.cutting import run
 
             return run(arguments[1:])
+        if arguments[0] == "demo":
+            from lit_matting.page import serving
+
+            return serving.run(arguments[1:], _scenes)
         return run_trainer(arguments)
     except InputError as error:
         print(f"{PROG} {arguments[0]}: error: {error}", file=sys.stderr)
@@ -139,6 +148,19 @@ def run_trainer(arguments: list[str]) -> int:
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
     return 0
+
+
+def _scenes() -> list[tuple[Any, str]]:
+    """Return generated scenes, none of them from training, with a phrase each; the page itself sees no data."""
+    import numpy as np
+
+    from data_modules.scenes import generate
+
+    found = []
+    for index, k, p in SHOWN:
+        scene = generate(SHOWN_SEED, index, size=512)
+        found.append((np.rint(scene.image * 255).astype(np.uint8), scene.phrases[k][p][0]))
+    return found
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

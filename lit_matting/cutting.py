@@ -54,7 +54,9 @@ class Job:
     output: Path
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong as an :class:`InputError`, without the usage in front of it."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
@@ -76,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    result = _Parser(
+    result = CommandParser(
         prog=PROG,
         usage=f'{PROG} PHOTO... "PHRASE" [-o OUT] [options]\n       {PROG} --pairs CSV [-o OUT] [options]',
         description=DESCRIPTION,
@@ -96,12 +98,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="the file to write, or a folder for `photo.the-phrase.png`; default: the current folder",
     )
-    result.add_argument(
-        "--checkpoint",
-        default=DEFAULT_CHECKPOINT,
-        metavar="CKPT",
-        help="what `fit` wrote, or a folder of save_pretrained (default: %(default)s)",
-    )
+    add_model_arguments(result)
     result.add_argument(
         "--background",
         default="transparent",
@@ -119,16 +116,26 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the photograph's colours at soft edges; default: free them of the old background",
     )
-    result.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
-    result.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the network (default: by device)")
-    result.add_argument(
+    return result
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model runs, and where: what :func:`load_pipeline` reads."""
+    parser.add_argument(
+        "--checkpoint",
+        default=DEFAULT_CHECKPOINT,
+        metavar="CKPT",
+        help="what `fit` wrote, or a folder of save_pretrained (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the network (default: by device)")
+    parser.add_argument(
         "--trust",
         action="append",
         default=[],
         metavar="PACKAGE",
         help="let the checkpoint name classes of this package of yours; may be repeated",
     )
-    return result
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -138,7 +145,7 @@ def _run(options: argparse.Namespace) -> int:
     jobs = _plan(asked, options)
     _check(options, jobs)
     waiting = [job for job in jobs if options.overwrite or not job.output.exists()]
-    made = _make(_load(options), waiting, _settings(options), failures) if waiting else 0
+    made = _make(load_pipeline(options), waiting, _settings(options), failures) if waiting else 0
     _report(made, len(jobs) - len(waiting), failures)
     return 1 if failures else 0
 
@@ -299,7 +306,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 # --- making it ------------------------------------------------------------------------------------
 
 
-def _load(options: argparse.Namespace) -> MattingPipeline:
+def load_pipeline(options: argparse.Namespace) -> MattingPipeline:
+    """Return the pipeline that the options of :func:`add_model_arguments` ask for."""
     given = options.checkpoint
     if given == DEFAULT_CHECKPOINT and not os.path.exists(given):
         raise InputError(f"there is no checkpoint {given!r}: `make demo` makes it, or give another by --checkpoint.")

@@ -50,7 +50,7 @@ def test_real_process_ends_with_status_2_and_says_why_at_once() -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {command} " in said for command in ("fit", "validate", "test", "predict", "matte"))
+    assert all(f"\n  {command} " in said for command in ("fit", "validate", "test", "predict", "matte", "demo"))
     assert main([]) == 2
 
 
