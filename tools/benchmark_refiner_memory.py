@@ -1,10 +1,14 @@
-"""How much memory the refiner takes for a large photograph, in bands of several budgets and in one go.
+"""How much memory the refiner takes for a large photograph, and from which share on dense tiles are faster.
 
     python tools/benchmark_refiner_memory.py --table docs/PERFORMANCE.md
 
-The default refiner with random weights at both of its scales, one thread, on a photograph whose low-resolution alpha
-holds strands of hair. Each budget runs in a fresh process; memory is its peak beyond what the photograph and the small
-maps take, so the alpha that is returned is part of it. Every alpha must have the same bits, or the tool fails.
+The default refiner with random weights at both of its scales, without dense tiles, one thread, on a photograph whose
+low-resolution alpha holds strands of hair. Each budget runs in a fresh process; memory is its peak beyond what the
+photograph and the small maps take, so the alpha that is returned is part of it. Every alpha must have the same bits,
+or the tool fails.
+
+Then one tile at several shares of active pixels, by sparse layers and by dense convolutions (with the halo that makes
+them exact), process CPU time, in turn, medians.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +33,12 @@ from torch import Tensor, nn
 if not __package__:  # run as a file: the repository's root holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lit_matting.networks.bands_and_tiles import TILE, Tile
 from lit_matting.networks.refiner import SparseRefiner
-from tools.benchmark_refiner import hair_bands, processor, resident_bytes, write_between_markers
+from tools.benchmark_refiner import hair_bands, medians, processor, resident_bytes, write_between_markers
 
 GRID = 64
+SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MARKERS = ("<!-- benchmark_refiner_memory:start -->", "<!-- benchmark_refiner_memory:end -->")
 
 
@@ -45,7 +52,7 @@ def measure(height: int, width: int, strands: float, budget: int | None) -> dict
     """Refine one photograph in this process, once, and return the peak of its memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    refiner = SparseRefiner(max_active_pixels=budget).eval()
+    refiner = SparseRefiner(max_active_pixels=budget, dense_above=None).eval()
     for unet in refiner.scales.values():
         nn.init.normal_(unet.leave.weight, std=0.1)
     alpha, features = small_maps(strands)
@@ -69,13 +76,42 @@ def measure(height: int, width: int, strands: float, budget: int | None) -> dict
     }
 
 
-def markdown(results: Sequence[dict[str, Any]], height: int, width: int) -> str:
-    """Return the measurements as a table."""
+@torch.no_grad()
+def measure_tiles(repeats: int) -> list[tuple[float, float, float]]:
+    """Return for several shares of active pixels the seconds of one tile by sparse and by dense layers."""
+    refiner = SparseRefiner(max_active_pixels=None).eval()
+    unet = refiner.scales["full_scale"]
+    halo, small = max(unet.halo()), torch.rand(1, 33, GRID, GRID)
+    found = []
+    for share in SHARES:
+        mask = torch.zeros(1, 2 * TILE, 2 * TILE, dtype=torch.bool)
+        # as ragged as tiles come: holes between strands
+        mask[:, :TILE, :TILE] = hair_bands(TILE, share) if share < 1 else True
+        image, alpha = torch.rand(1, 3, *mask.shape[1:]), torch.rand(1, 1, *mask.shape[1:])
+        maps = (small[:, :1], small[:, 1:], None)
+        # as large as a tile inside an image with its halo on every side
+        wide = Tile(0, slice(0, TILE + 2 * halo), slice(0, TILE + 2 * halo))
+        candidates = {
+            # sparse changes its alpha in place
+            "sparse": partial(refiner._in_bands, unet, image, alpha.clone(), mask, mask, *maps),
+            "dense": partial(refiner._in_tile, unet, wide, image, alpha, mask, *maps),
+        }
+        seconds = medians(candidates, repeats)
+        found.append((float(mask.sum()) / TILE**2, seconds["sparse"], seconds["dense"]))
+        print(f"{found[-1][0]:.0%}: sparse / dense time {seconds['sparse'] / seconds['dense']:.2f}", flush=True)
+    return found
+
+
+def markdown(
+    results: Sequence[dict[str, Any]], height: int, width: int, tiles: Sequence[tuple[float, float, float]]
+) -> str:
+    """Return the measurements as tables."""
     image = 12 * height * width / 2**20
+    load = max(os.getloadavg()[0] - 1, 0.0)
     lines = [
         f"Measured by `python tools/benchmark_refiner_memory.py` on {processor()}, one thread, torch"
-        f" {torch.__version__}: {width} x {height} pixels, {image:.0f} MiB of float32 themselves. All rows of one share"
-        " gave the same bits.",
+        f" {torch.__version__}: {width} x {height} pixels, {image:.0f} MiB of float32 themselves;"
+        f" {load:.1f} other busy processes on {os.cpu_count()} cores. All rows of one share gave the same bits.",
         "",
         "| active pixels | share | `max_active_pixels` | peak above the image, MiB | CPU s |",
         "|---|---|---|---|---|",
@@ -86,6 +122,8 @@ def markdown(results: Sequence[dict[str, Any]], height: int, width: int) -> str:
             f"| {result['active']:,} | {result['share']:.1%} | {budget} | {result['bytes'] / 2**20:.0f} |"
             f" {result['seconds']:.1f} |"
         )
+    lines += ["", f"One tile of {TILE} pixels:", "", "| active | sparse / dense time |", "|---|---|"]
+    lines += [f"| {share:.0%} | {sparse / dense:.2f} |" for share, sparse, dense in tiles]
     return "\n".join(lines)
 
 
@@ -93,8 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=[4000, 6000], metavar=("H", "W"), help="of the photograph")
-    parser.add_argument("--strands", type=float, nargs="+", default=[0.01, 0.1], help="shares covered by hair")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[2**16, 2**18, 0], help="active pixels; 0: one go")
+    parser.add_argument("--strands", type=float, nargs="+", default=[0.01, 0.05], help="shares covered by hair")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2**18, 0], help="active pixels; 0: one go")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each method on a tile; 0: none")
     parser.add_argument("--table", type=Path, help="Markdown file whose section between the markers is replaced")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -116,8 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("benchmark_refiner_memory: the budgets do not give the same alpha.", file=sys.stderr)
             return 1
         results += same
+    torch.set_num_threads(1)
+    tiles = measure_tiles(options.repeats) if options.repeats else []
     if options.table:
-        write_between_markers(options.table, markdown(results, *options.size), MARKERS, "## The refiner's memory")
+        write_between_markers(
+            options.table, markdown(results, *options.size, tiles), MARKERS, "## The refiner's memory"
+        )
     return 0
 
 

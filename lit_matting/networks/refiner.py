@@ -11,9 +11,7 @@ give exactly the alpha that one go gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -21,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_matting.checks import InputError
-from lit_matting.networks.sampling import pixel_places, resample, resample_lines, sample_rows
+from lit_matting.networks.bands_and_tiles import Tile, full_tiles, plan_bands
+from lit_matting.networks.sampling import pixel_places, resample, resample_part, sample_rows
 from lit_matting.networks.sparse_unet import SparseUNet
 from lit_matting.sparse import ActiveSet, gather, scatter
 from lit_matting.targets import REFERENCE_SIZE, dilate, erode, scaled_kernel
@@ -68,6 +67,8 @@ class SparseRefiner(nn.Module):
         max_active_pixels: Active pixels worked at a time where no gradient is asked for, of all images of a batch
             together; beyond, in bands, with exactly the same alpha. With the default widths an active pixel takes about
             1 kB, so the default is 0.3 GB. None: no limit.
+        dense_above: Where no gradient is asked for, tiles of 256 pixels of which more than this share is active are
+            worked by dense convolutions, which are faster there, with the same alpha up to rounding. None: never.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class SparseRefiner(nn.Module):
         detach_inputs: bool = True,
         train_images: int | None = None,
         max_active_pixels: int | None = 2**18,
+        dense_above: float | None = 0.8,
     ) -> None:
         super().__init__()
         if max_active_pixels is not None and max_active_pixels < 1:
@@ -95,7 +97,10 @@ class SparseRefiner(nn.Module):
         self.trimap_range = trimap_range
         self.detach_inputs = detach_inputs
         self.train_images = train_images
+        if dense_above is not None and not 0 <= dense_above <= 1:
+            raise InputError(f"`dense_above` must be in [0, 1], or null for never, got {dense_above}.")
         self.max_active_pixels = max_active_pixels
+        self.dense_above = dense_above
         in_channels = 3 + 1 + 1 + feature_channels
         names = ("full_scale",) if half_scale_above is None else ("half_scale", "full_scale")
         self.scales = nn.ModuleDict({name: SparseUNet(in_channels, widths, blocks) for name in names})
@@ -165,7 +170,14 @@ class SparseRefiner(nn.Module):
         if self.training and self.train_images is not None:
             mask[self.train_images :] = False
         if not torch.is_grad_enabled():
-            self._in_bands(unet, image, alpha, mask, trimap, features, box)
+            halo = max(*unet.halo(), FEATHER)
+            tiles, rest = full_tiles(mask, self.dense_above, halo)
+            before = alpha.clone() if tiles else alpha
+            self._in_bands(unet, image, alpha, mask, rest, trimap, features, box)
+            for tile in tiles:
+                wide = tile.around(halo)
+                refined = self._in_tile(unet, wide, image, before, mask, trimap, features, box)
+                tile.of(alpha).copy_(wide.part(tile, refined))
             return alpha, mask
         active = ActiveSet.from_mask(mask)
         if len(active) == 0:
@@ -173,7 +185,8 @@ class SparseRefiner(nn.Module):
                 # nothing to do, but distributed training waits for these gradients
                 alpha = alpha + 0.0 * (features.sum() + sum(parameter.sum() for parameter in unet.parameters()))
             return alpha, mask
-        rows = self._rows(unet, active, image, alpha, trimap, features, pixel_places(active, mask.shape[1:], box))
+        places, weight = pixel_places(active, mask.shape[1:], box), gather(feather(mask), active)
+        rows = self._rows(unet, active, image, alpha, trimap, features, places, weight)
         return scatter(rows, active, alpha), mask
 
     @torch.no_grad()
@@ -186,7 +199,7 @@ class SparseRefiner(nn.Module):
         for first in range(0, height, step):
             end = min(first + step, height)
             top, bottom = max(first - margin, 0), min(end + margin, height)
-            lines = resample_lines(trimap, (height, width), top, bottom, box)
+            lines = resample_part(trimap, (height, width), slice(top, bottom), slice(0, width), box)
             part = self.active_pixels(alpha[:, :, top:bottom], lines, long_edge)
             mask[:, first:end] = part[:, first - top : end - top]
         return mask
@@ -197,15 +210,19 @@ class SparseRefiner(nn.Module):
         image: Tensor,
         alpha: Tensor,
         mask: Tensor,
+        rest: Tensor,
         trimap: Tensor,
         features: Tensor,
         box: Tensor | None,
     ) -> None:
-        """Refine ``alpha`` (B, 1, H, W) in place, in as few bands as the budget allows."""
+        """Refine ``alpha`` (B, 1, H, W) in place, in as few bands as the budget allows.
+
+        Of the active pixels (B, H, W) those of ``rest`` are worked.
+        """
         batch, height, width = mask.shape
         halo = unet.halo()
         halo = (max(halo[0], FEATHER), max(halo[1], FEATHER))
-        per_line = (mask.sum((0, 2)) + batch * width / PIXELS_PER_ACTIVE).tolist()
+        per_line = (rest.sum((0, 2)) + batch * width / PIXELS_PER_ACTIVE).tolist()
         bands = plan_bands(per_line, self.max_active_pixels, halo)
         above = alpha[:, :, :0]
         for band, following in zip(bands, [*bands[1:], None]):
@@ -215,11 +232,13 @@ class SparseRefiner(nn.Module):
                 source = torch.cat([above, source], 2)
             if following is not None:
                 above = source[:, :, following.top - band.top : band.end - band.top].clone()
-            active = ActiveSet.from_mask(mask[:, band.top : band.bottom])
+            active = ActiveSet.from_mask(rest[:, band.top : band.bottom])
             if len(active) == 0:
                 continue
             places = pixel_places(active, (height, width), box, band.top)
-            rows = self._rows(unet, active, image[:, :, band.top : band.bottom], source, trimap, features, places)
+            weight = gather(feather(mask[:, band.top : band.bottom]), active)
+            pixels = image[:, :, band.top : band.bottom]
+            rows = self._rows(unet, active, pixels, source, trimap, features, places, weight)
             refined = scatter(rows, active, source)
             alpha[:, :, band.first : band.end] = refined[:, :, band.first - band.top : band.end - band.top]
 
@@ -232,6 +251,7 @@ class SparseRefiner(nn.Module):
         trimap: Tensor,
         features: Tensor,
         places: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor,
     ) -> Tensor:
         """Return the refined alpha (N, 1) of the active pixels of an image, or of a band of it."""
         before = gather(alpha, active)
@@ -244,10 +264,30 @@ class SparseRefiner(nn.Module):
             ],
             1,
         )
-        residual = torch.tanh(unet(inputs, active)) * gather(feather(active.mask), active)
+        residual = torch.tanh(unet(inputs, active)) * weight
         moved = before + residual
         # clamped going forward, transparent going backward: a pixel pushed beyond 1 must be able to come back
         return moved + (moved.clamp(0, 1) - moved).detach()
+
+    def _in_tile(
+        self,
+        unet: SparseUNet,
+        tile: Tile,
+        image: Tensor,
+        alpha: Tensor,
+        mask: Tensor,
+        trimap: Tensor,
+        features: Tensor,
+        box: Tensor | None,
+    ) -> Tensor:
+        """Return the refined alpha (1, 1, h, w) of a tile, by dense convolutions."""
+        one = slice(tile.image, tile.image + 1)
+        maps, box = torch.cat([trimap[one], features[one]], 1), None if box is None else box[one]
+        before, active = tile.of(alpha), tile.of(mask)
+        enlarged = resample_part(maps, image.shape[-2:], tile.rows, tile.columns, box)
+        inputs = torch.cat([2 * tile.of(image) - 1, 2 * before - 1, 2 * enlarged[:, :1] - 1, enlarged[:, 1:]], 1)
+        residual = torch.tanh(unet.dense(inputs, active)) * feather(active)
+        return torch.where(active[:, None], (before + residual).clamp(0, 1), before)
 
     def active_pixels(self, alpha: Tensor, trimap: Tensor, long_edge: int | None = None) -> Tensor:
         """Return the pixels to refine, (B, H, W) bool: a dilation of where alpha or trimap is undecided.
@@ -264,50 +304,6 @@ class SparseRefiner(nn.Module):
     def _kernel(self, long_edge: int) -> int:
         # beyond the reference size the enlarged maps' own blur grows with the image; the kernel need not
         return scaled_kernel(min(REFERENCE_SIZE, long_edge), self.kernel_size)
-
-
-@dataclass(frozen=True)
-class Band:
-    """Lines ``first`` to ``end - 1`` of an image, and lines ``top`` to ``bottom - 1``, which they depend on."""
-
-    first: int
-    end: int
-    top: int
-    bottom: int
-
-
-def plan_bands(costs: Sequence[float], budget: float | None, halo: tuple[int, int]) -> list[Band]:
-    """Cut an image into as few bands as possible; one that costs more than the budget has a single line.
-
-    Args:
-        costs: Of every line.
-        budget: What a band with its halo may cost; None: anything.
-        halo: Lines above and below that a line depends on.
-
-    Example:
-        >>> plan_bands([1.0] * 10, 7, (2, 1))
-        [Band(first=0, end=6, top=0, bottom=7), Band(first=6, end=10, top=4, bottom=10)]
-    """
-    height = len(costs)
-    total = [0.0, *accumulate(costs)]
-
-    def band(first: int, end: int) -> Band:
-        # a 2 x 2 block of the half resolution begins at an even line
-        top = max(first - halo[0], 0) // 2 * 2
-        return Band(first, end, top, min(end + halo[1], height))
-
-    bands: list[Band] = []
-    while not bands or bands[-1].end < height:
-        best = band(bands[-1].end if bands else 0, height)
-        if budget is not None and total[best.bottom] - total[best.top] > budget:
-            best = band(best.first, best.first + 1)
-            while best.end < height:
-                longer = band(best.first, best.end + 1)
-                if total[longer.bottom] - total[longer.top] > budget:
-                    break
-                best = longer
-        bands.append(best)
-    return bands
 
 
 def feather(mask: Tensor) -> Tensor:

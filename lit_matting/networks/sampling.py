@@ -23,11 +23,13 @@ def resample(maps: Tensor, size: tuple[int, int], box: Tensor | None = None) -> 
     return F.grid_sample(maps, 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def resample_lines(maps: Tensor, size: tuple[int, int], first: int, end: int, box: Tensor | None = None) -> Tensor:
-    """Return lines ``first`` to ``end - 1`` of what `resample` gives, up to rounding: (B, C, end - first, width)."""
-    y = (torch.arange(first, end, device=maps.device) + 0.5) / size[0]
-    x = (torch.arange(size[1], device=maps.device) + 0.5) / size[1]
-    result = maps.new_empty(*maps.shape[:2], end - first, size[1])
+def resample_part(
+    maps: Tensor, size: tuple[int, int], rows: slice, columns: slice, box: Tensor | None = None
+) -> Tensor:
+    """Return some rows and columns of what `resample` gives, up to rounding: (B, C, rows, columns)."""
+    y = (torch.arange(size[0], device=maps.device)[rows] + 0.5) / size[0]
+    x = (torch.arange(size[1], device=maps.device)[columns] + 0.5) / size[1]
+    result = maps.new_empty(*maps.shape[:2], len(y), len(x))
     for number, small in enumerate(maps):
         down, across = y, x
         if box is not None:

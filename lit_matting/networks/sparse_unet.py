@@ -43,6 +43,27 @@ class SparseUNet(nn.Module):
         joined = F.leaky_relu(self.join(torch.cat([fine, back], 1), active), 0.1)
         return self.leave(F.leaky_relu(self.narrow(joined, active), 0.1), active)
 
+    def dense(self, maps: Tensor, mask: Tensor) -> Tensor:
+        """Return what `forward` gives on the active pixels, up to rounding, by dense convolutions: (B, 1, H, W).
+
+        Faster where nearly all pixels are active, and without gradients only: it works in place.
+
+        Args:
+            maps: (B, ``in_channels``, H, W).
+            mask: (B, H, W) bool, the active pixels.
+        """
+        on = mask[:, None].to(maps.dtype)
+        cells = F.max_pool2d(on, 2, ceil_mode=True)
+        # channels last: half the time of the default layout on a CPU
+        maps = (maps * on).contiguous(memory_format=torch.channels_last)
+        fine = F.leaky_relu_(self.enter.dense(maps), 0.1).mul_(on)
+        coarse = F.leaky_relu_(self.down.dense(fine), 0.1).mul_(cells)
+        for block in self.blocks:
+            coarse = block.dense(coarse, cells)
+        back = F.leaky_relu_(self.up.dense(coarse, maps.shape[2:]), 0.1).mul_(on)
+        joined = F.leaky_relu_(self.join.dense(torch.cat([fine, back], 1)), 0.1).mul_(on)
+        return self.leave.dense(F.leaky_relu_(self.narrow.dense(joined), 0.1))
+
     def halo(self) -> tuple[int, int]:
         """Return how many lines above and how many below a line it depends on, at most."""
         reached = [(line, *self.reads(line, line)) for line in (0, 1)]
@@ -78,6 +99,12 @@ class SparseBlock(nn.Module):
     def forward(self, rows: Tensor, active: ActiveSet) -> Tensor:
         hidden = F.leaky_relu(self.first(self.norm(rows), active), 0.1)
         return rows + self.second(hidden, active)
+
+    def dense(self, maps: Tensor, on: Tensor) -> Tensor:
+        """As `SparseUNet.dense`; maps (B, C, H, W) and active pixels (B, 1, H, W) as numbers."""
+        hidden = self.norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * on
+        hidden = F.leaky_relu_(self.first.dense(hidden), 0.1).mul_(on)
+        return self.second.dense(hidden).mul_(on).add_(maps)
 
     def reads(self, first: int, last: int) -> tuple[int, int]:
         """As `SparseUNet.reads`, in lines of blocks."""

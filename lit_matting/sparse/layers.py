@@ -10,10 +10,12 @@ runs with the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_matting.checks import check_shape
 from lit_matting.sparse import spconv_ops, torch_ops
@@ -91,6 +93,10 @@ class SubmanifoldConv2d(_SparseLayer):
             return torch_ops.pointwise(features, weight, bias)
         return torch_ops.convolve(features, weight, bias, active.submanifold(self.kernel_size))
 
+    def dense(self, image: Tensor) -> Tensor:
+        """The same convolution of all pixels, (B, I, H, W) -> (B, O, H, W); give inactive ones as zero."""
+        return F.conv2d(image, self.weight, self.bias, padding=self.kernel_size // 2)
+
     def reads(self, first: int, last: int) -> tuple[int, int]:
         """The first and last line of input pixels that output lines ``first`` to ``last`` depend on."""
         return first - self.kernel_size // 2, last + self.kernel_size // 2
@@ -134,6 +140,11 @@ class SparseConv2d(_SparseLayer):
             return spconv_ops.downsample(features, weight, bias, active)
         return torch_ops.convolve(features, weight, bias, active.downsampling(self.kernel_size))
 
+    def dense(self, image: Tensor) -> Tensor:
+        """The same convolution of all pixels, (B, I, H, W) -> (B, O, h, w) with halves rounded up."""
+        even = F.pad(image, (0, image.shape[3] % 2, 0, image.shape[2] % 2))
+        return F.conv2d(even, self.weight, self.bias, stride=2, padding=self.kernel_size // 3)
+
     def reads(self, first: int, last: int) -> tuple[int, int]:
         """The first and last line of input pixels that output lines ``first`` to ``last`` depend on.
 
@@ -172,6 +183,13 @@ class InverseConv2d(_SparseLayer):
             return spconv_ops.upsample(features, weight, bias, active)
         rulebook: Rulebook = active.downsampling(self.kernel_size).reversed()
         return torch_ops.convolve(features, weight, bias, rulebook)
+
+    def dense(self, coarse: Tensor, size: Sequence[int]) -> Tensor:
+        """The same convolution of all pixels, (B, I, h, w) -> (B, O, H, W) with ``size`` = (H, W)."""
+        padding = self.kernel_size // 3
+        weight = self.weight.transpose(0, 1)
+        image = F.conv_transpose2d(coarse, weight, self.bias, stride=2, padding=padding, output_padding=padding)
+        return image[:, :, : size[0], : size[1]]
 
     def reads(self, first: int, last: int) -> tuple[int, int]:
         """The first and last line of coarse pixels that fine lines ``first`` to ``last`` depend on."""

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_matting.checks import InputError
+from lit_matting.networks import bands_and_tiles
 from lit_matting.networks import refiner as refiner_module
-from lit_matting.networks.refiner import Refined, SparseRefiner, plan_bands
-from lit_matting.networks.sampling import resample, resample_lines
+from lit_matting.networks.bands_and_tiles import full_tiles, plan_bands
+from lit_matting.networks.refiner import Refined, SparseRefiner
+from lit_matting.networks.sampling import resample, resample_part
 from lit_matting.networks.sparse_unet import SparseUNet
-from lit_matting.sparse import ActiveSet, InverseConv2d, SparseConv2d, SubmanifoldConv2d
+from lit_matting.sparse import ActiveSet, InverseConv2d, SparseConv2d, SubmanifoldConv2d, gather
 
 MakeRefiner = Callable[..., SparseRefiner]
 Disc = Callable[..., Tensor]
@@ -30,8 +32,10 @@ def inputs(disc: Disc, size: tuple[int, int], batch: int = 1, channels: int = 4)
 
 
 @torch.no_grad()
-def refine(refiner: SparseRefiner, budget: int | None, given: tuple[Tensor, ...]) -> Refined:
-    refiner.max_active_pixels = budget
+def refine(
+    refiner: SparseRefiner, budget: int | None, given: tuple[Tensor, ...], dense_above: float | None = None
+) -> Refined:
+    refiner.max_active_pixels, refiner.dense_above = budget, dense_above
     return refiner(*given)
 
 
@@ -172,15 +176,87 @@ def test_bands_cover_every_line_once_and_keep_to_the_budget() -> None:
     assert len(plan_bands(costs, None, (9, 9))) == 1
 
 
-def test_lines_of_a_resampled_map_do_not_depend_on_the_others_and_equal_it() -> None:
-    maps, size = torch.randn(2, 3, 7, 5), (50, 41)
+def test_part_of_a_resampled_map_does_not_depend_on_the_rest_and_equals_it() -> None:
+    maps, size, everything = torch.randn(2, 3, 7, 5), (50, 41), slice(0, 50)
     for box in (None, torch.tensor([[0.1, 0.2, 0.5, 0.7], [0.4, 0.0, 0.6, 1.0]])):
-        whole = resample_lines(maps, size, 0, 50, box)
+        whole = resample_part(maps, size, everything, everything, box)
         torch.testing.assert_close(whole, resample(maps, size, box), rtol=0, atol=1e-5)
-        for first, end in ((0, 1), (13, 29), (49, 50)):
-            assert torch.equal(resample_lines(maps, size, first, end, box), whole[:, :, first:end])
+        for rows, columns in ((slice(0, 1), everything), (slice(13, 29), slice(3, 40)), (slice(49, 50), slice(40, 41))):
+            assert torch.equal(resample_part(maps, size, rows, columns, box), whole[:, :, rows, columns])
 
 
-def test_budget_below_one_pixel_is_refused(make_refiner: MakeRefiner) -> None:
+# --- dense tiles ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(12, 10), (13, 9)])
+def test_dense_unet_equals_the_sparse_one_on_active_pixels(size: tuple[int, int]) -> None:
+    unet = SparseUNet(5, (8, 12), 2)
+    nn.init.normal_(unet.leave.weight)
+    mask, maps = torch.rand(2, *size) < 0.4, torch.randn(2, 5, *size)
+    active = ActiveSet.from_mask(mask)
+    with torch.no_grad():
+        rows, image = unet(gather(maps, active), active), unet.dense(maps, mask)
+    torch.testing.assert_close(gather(image, active), rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize(
+    ("size", "batch", "boxed"), [((120, 101), 1, False), ((90, 75), 2, False), ((64, 80), 2, True)]
+)
+def test_dense_tiles_give_the_alpha_of_sparse_layers_and_bands_keep_its_bits(
+    make_refiner: MakeRefiner,
+    disc: Disc,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    size: tuple[int, int],
+    batch: int,
+    boxed: bool,
+) -> None:
+    monkeypatch.setattr(bands_and_tiles, "TILE", 24)
+    refiner, given = make_refiner(half_scale_above=70), inputs(disc, size, batch)
+    if boxed:
+        given = (*given, torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.3, 0.0, 0.5, 0.6]]))
+    sparse = refine(refiner, None, given)
+    worked = []
+    dense = SparseUNet.dense
+    monkeypatch.setattr(SparseUNet, "dense", lambda *arguments: worked.append(1) or dense(*arguments))
+    whole = refine(refiner, None, given, share)
+    tiles = batch * (-(-size[0] // 24)) * (-(-size[1] // 24))
+    assert 0 < len(worked) < 2 * tiles
+    for one, other in zip(whole.alphas, sparse.alphas):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert torch.equal(whole.active[0], sparse.active[0])
+    outside = ~whole.active[0][:, None]
+    assert torch.equal(whole.alphas[0][outside], sparse.alphas[0][outside])
+    assert same(whole, refine(refiner, 600, given, share))
+
+
+def test_full_tiles_leave_to_the_sparse_layers_what_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands_and_tiles, "TILE", 10)
+    mask = torch.ones(1, 25, 30, dtype=torch.bool)
+    mask[:, 12:, 12:] = False
+    tiles, rest = full_tiles(mask, 0.5, halo=2)
+    assert [(tile.rows.start, tile.columns.start) for tile in tiles] == [(0, 0), (0, 10), (0, 20), (10, 0), (20, 0)]
+    full = torch.zeros_like(mask)
+    for tile in tiles:
+        full[0, tile.rows, tile.columns] = True
+    # a pixel may go if none of its neighbours within the halo belongs to another tile
+    near = nn.functional.max_pool2d((~full).float(), 5, 1, 2) > 0
+    assert not (mask & near & ~rest).any()
+    assert not (rest & ~mask).any()
+    assert rest.sum() < 0.5 * mask.sum()
+    assert full_tiles(mask, None, 2)[1] is mask
+    assert full_tiles(mask[:, 12:, 12:], 0.5, 2)[0] == []
+
+
+def test_training_keeps_to_the_sparse_layers(make_refiner: MakeRefiner, disc: Disc) -> None:
+    refiner, given = make_refiner(dense_above=0.0), inputs(disc, (40, 40))
+    refiner(*given).alpha.sum().backward()
+    assert all(parameter.grad is not None for parameter in refiner.scales["full_scale"].parameters())
+
+
+def test_impossible_options_are_refused(make_refiner: MakeRefiner) -> None:
+    with pytest.raises(InputError, match=r"`dense_above` must be in \[0, 1\], or null for never, got 1.5"):
+        make_refiner(dense_above=1.5)
     with pytest.raises(InputError, match="`max_active_pixels` must be at least 1, or null for no limit, got 0"):
         make_refiner(max_active_pixels=0)

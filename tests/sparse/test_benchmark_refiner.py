@@ -14,13 +14,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_refiner", ROOT / "tools" / "benchmark_refiner.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return load("benchmark_refiner")
 
 
 def test_bands_cover_the_share_that_was_asked_for(benchmark: ModuleType) -> None:
@@ -87,3 +91,23 @@ def test_a_run_writes_its_report_and_replaces_only_its_own_section(benchmark: Mo
     assert text.endswith("\n\nafter\n")
     assert "old" not in text
     assert f"| 64 | 10% | {case['active']:,} |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which tells a peak of memory")
+def test_the_memory_benchmark_compares_budgets_in_fresh_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    tool, page = load("benchmark_refiner_memory"), tmp_path / "PERFORMANCE.md"
+    small = ["--size", "400", "600", "--strands", "0.05", "--budgets", "8000", "0", "--repeats", "0"]
+    before = torch.get_num_threads()
+    try:
+        assert tool.main([*small, "--table", str(page)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    rows = [line.split("|") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:3]
+    assert [row[3].strip() for row in rows] == ["8,000", "none"]
+    assert rows[0][1] == rows[1][1]
+    banded, whole = (float(row[4]) for row in rows)
+    assert 0 < banded < whole
