@@ -39,6 +39,7 @@ class GroundingHead(nn.Module):
         similarity_channels: Width of the common space.
         similarity_scale: Its initial slope. 0 for a pretrained backbone.
         attention: Use the attention maps.
+        attention_slope: Their initial slope. 0 from scratch, where they are noise at first.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class GroundingHead(nn.Module):
         similarity_channels: int = 64,
         similarity_scale: float = 0.0,
         attention: bool = True,
+        attention_slope: float = 4.0,
     ) -> None:
         super().__init__()
         if not (similarity or attention):
             raise ValueError("a GroundingHead needs `similarity`, `attention` or both.")
         self.attention = attention
-        self.slope = nn.Parameter(torch.tensor([1.0 if similarity_scale else 4.0])) if attention else None
+        self.slope = nn.Parameter(torch.tensor([float(attention_slope)])) if attention else None
         self.offset = nn.Parameter(torch.tensor([-2.0 if similarity_scale else 0.0]))
         self.similarity = similarity
         if similarity:
