@@ -45,7 +45,7 @@ model:
   neck: {class_path: lit_matting.networks.neck.Neck, init_args: {channels: 32}}
   grounding_head:
     class_path: lit_matting.networks.heads.GroundingHead
-    init_args: {similarity_scale: 8.0}
+    init_args: {similarity_scale: 8.0, attention_slope: 1.0}
   trimap_head: {class_path: lit_matting.networks.heads.TrimapHead, init_args: {hidden: 16}}
   alpha_head: {class_path: lit_matting.networks.heads.AlphaHead, init_args: {hidden: 16}}
   refiner:
