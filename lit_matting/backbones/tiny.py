@@ -143,8 +143,8 @@ class WordEncoder(TextEncoder):
     """A trainable text encoder without a vocabulary file, for training from scratch.
 
     Each word is the sum of two rows of two tables, chosen by two hashes: a table of 1024 rows has collisions, a pair of
-    them practically none (hash embeddings, Svenstrup et al. 2017). One transformer layer mixes the words. A learned begin
-    token goes before them, as CLIP has one: a cell that no word concerns can look there. Without it the words'
+    them practically none (hash embeddings, Svenstrup et al. 2017). One transformer layer mixes the words. A learned
+    begin token goes before them, as CLIP has one: a cell that no word concerns can look there. Without it the words'
     probabilities would add up to 1 in every cell, and their average would say nothing.
 
     Args:
