@@ -6,13 +6,14 @@ requests that refer to them. Between Gradio and the browser one stands in for th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 ALIAS = "/lit-matting-files"
 """What the browser sees in the place of the folder with uploads and results."""
 _TEXTS = ("application/json", "text/html", "text/plain", "text/event-stream")
-_CLOSED = ("/gradio_api/file=http", "/gradio_api/proxy=", "/monitoring")
+_CLOSED = ("/gradio_api/file=http", "/gradio_api/file/http", "/gradio_api/proxy=", "/monitoring")
 """What Gradio offers beyond this page: fetching addresses for a visitor, and statistics about the visitors."""
 
 Message = MutableMapping[str, Any]
@@ -45,13 +46,16 @@ class HiddenFolder:
             await self.app(scope, receive, send)
             return
         if scope["path"].startswith(_CLOSED):
-            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
-            await send({"type": "http.response.body", "body": b""})
+            await _refuse(send, 404)
             return
-        headers = dict(scope["headers"])
+        kind = dict(scope["headers"]).get(b"content-type", b"")
         scope = {**scope, "path": self.inwards(scope["path"].encode()).decode()}
-        if headers.get(b"content-type", b"").startswith(b"application/json"):
+        # uploads go by piece by piece; everything else Gradio may read as JSON, whatever it calls itself
+        if scope["method"] == "POST" and not kind.startswith(b"multipart/"):
             body = self.inwards(await _whole_body(receive))
+            if _names_an_address(body):
+                await _refuse(send, 400)
+                return
             scope["headers"] = _with_length(scope["headers"], len(body))
             receive = _given(body, receive)
         await self.app(scope, receive, _Answer(self, send))
@@ -87,6 +91,29 @@ class _Answer:
                 body = self.middleware.outwards(b"".join(self.parts))
                 await self.send({**self.start, "headers": _with_length(self.start["headers"], len(body))})
                 await self.send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _names_an_address(body: bytes) -> bool:
+    """Whether a request gives the address of another server as a file's path, which Gradio would fetch it from."""
+    try:
+        waiting = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False  # Gradio reads it with the same function and refuses it
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str) and path.lower().startswith(("http:", "https:")):
+                return True
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return False
 
 
 async def _whole_body(receive: Receive) -> bytes:

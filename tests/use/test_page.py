@@ -179,7 +179,9 @@ def test_verdict_tells_found_from_missing_and_from_nothing(matting: MattingPipel
 # --- what it hides ----------------------------------------------------------------------------------------------------
 
 
-def exchange(path: str, sent: bytes, kind: str, parts: list[bytes]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def exchange(
+    path: str, sent: bytes, kind: str, parts: list[bytes], sent_as: bytes = b"application/json"
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What an application behind the middleware saw of a request, and what the browser got of its answer."""
     saw: dict[str, Any] = {}
 
@@ -202,8 +204,9 @@ def exchange(path: str, sent: bytes, kind: str, parts: list[bytes]) -> tuple[dic
 
     scope = {
         "type": "http",
+        "method": "POST",
         "path": path,
-        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(sent)).encode())],
+        "headers": [(b"content-type", sent_as), (b"content-length", str(len(sent)).encode())],
     }
     asyncio.run(HiddenFolder(application, "/tmp/secret-1")(scope, receive, send))
     return saw, got
@@ -231,10 +234,24 @@ def test_events_are_sent_on_one_by_one_and_pictures_untouched() -> None:
     assert got[1]["body"] == b"\x89/tmp/secret-1"
 
 
-def test_page_fetches_no_addresses_for_its_visitors() -> None:
-    saw, got = exchange("/gradio_api/file=http://example.com/x.png", b"", "text/plain", [b"fetched"])
+@pytest.mark.parametrize("place", ["file=", "file/"])
+def test_page_fetches_no_addresses_for_its_visitors(place: str) -> None:
+    saw, got = exchange(f"/gradio_api/{place}http://example.com/x.png", b"", "text/plain", [b"fetched"])
     assert saw == {}
     assert got[0]["status"] == 404
+
+
+@pytest.mark.parametrize("sent_as", [b"application/json", b"application/x+json", b"", b"text/plain"])
+def test_forged_file_with_an_address_for_its_path_is_refused(sent_as: bytes) -> None:
+    # \\u0068 is an h; the address a browser sends beside the path is never fetched
+    forged = b'{"data": [[{"path": "\\u0068ttps://example.com/x.png", "meta": {"_type": "gradio.FileData"}}]]}'
+    saw, got = exchange("/gradio_api/queue/join", forged, "application/json", [b"{}"], sent_as)
+    assert saw == {}
+    assert got[0]["status"] == 400
+    honest = b'{"data": [{"path": "/a.png", "url": "http://127.0.0.1:7860/a.png"}, "http://in.a/phrase"]}'
+    saw, got = exchange("/gradio_api/queue/join", honest, "application/json", [b"{}"], sent_as)
+    assert saw["body"] == honest
+    assert got[0]["status"] == 200
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
