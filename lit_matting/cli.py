@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ def run_trainer(arguments: list[str]) -> int:
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
 
     _log_once()
 
@@ -147,7 +149,19 @@ def run_trainer(arguments: list[str]) -> int:
         )
     except MisconfigurationException as error:
         raise InputError(" ".join(str(error).split())) from error
+    except OmegaConfBaseException as error:
+        raise InputError(unresolved(error)) from error
     return 0
+
+
+def unresolved(error: Exception) -> str:
+    """Return in one sentence what a ``${...}`` of a configuration, which could not be resolved, lacks."""
+    key, said = getattr(error, "full_key", None), str(error).splitlines()[0]
+    place = f"`{key}`" if key else "the configuration"
+    if variable := re.search(r"Environment variable '(\w+)' not found", said):
+        name = variable.group(1)
+        return f"{place} needs the environment variable {name}, which is not set: export {name}=... first."
+    return f"{place} cannot be resolved: {said}."
 
 
 def _scenes() -> list[tuple[Any, str]]:

@@ -90,6 +90,23 @@ def test_file_that_is_no_yaml_is_one_sentence(experiment: Path, complaint: Calla
     assert "while parsing" in complaint("fit", "--config", experiment)
 
 
+def test_variable_that_is_not_set_is_named(complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MATTING_DATA", raising=False)
+    said = complaint("fit", "--config", "configs/experiment/sd21_joint.yaml")
+    assert said.startswith(f"{PROG} fit: error: `data.init_args.train.refmatte.init_args.shards` needs the environment")
+    assert said.endswith(" variable MATTING_DATA, which is not set: export MATTING_DATA=... first.")
+
+
+def test_reference_to_a_setting_that_is_not_there_is_one_sentence(
+    experiment: Path, complaint: Callable[..., str]
+) -> None:
+    description = yaml.safe_load(experiment.read_text())
+    description["trainer"]["max_steps"] = "${trainer.steps}"
+    experiment.write_text(yaml.safe_dump(description))
+    said = complaint("fit", "--config", experiment)
+    assert said.endswith("`trainer.max_steps` cannot be resolved: Interpolation key 'trainer.steps' not found.")
+
+
 def test_missing_experiment_is_one_sentence(complaint: Callable[..., str]) -> None:
     assert "File does not exist: " in complaint("fit", "--config", "nothing.yaml")
 
