@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from lit_matting.checks import InputError
+from lit_matting.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -231,16 +233,44 @@ def has_tokenizer(folder: Path) -> bool:
 def verify(folder: Path, sha256: Mapping[str, str]) -> None:
     """Compare files with their expected SHA-256 sums.
 
+    What has been compared once is remembered under ``~/.cache/lit_matting`` (or ``$XDG_CACHE_HOME``) and not read again
+    until the file changes: it is gigabytes, in every process of every run.
+
     Raises:
-        InputError: If one differs; the message names the file.
+        InputError: If one differs or is not there; the message names the file.
     """
     for name, expected in sha256.items():
-        found = file_sha256(folder / name)
-        if found != expected.lower():
+        path, expected = folder / name, expected.lower()
+        if not path.is_file():
+            raise InputError(f"there is no {path}, which a pinned SHA-256 belongs to: download it again.")
+        note = _note_of(path)
+        try:
+            if note.read_text() == expected:
+                continue
+        except (OSError, ValueError):
+            pass  # never compared before, or a note that cannot be read
+        found = file_sha256(path)
+        if found != expected:
             raise InputError(
-                f"{folder / name} has the SHA-256 {found}, expected {expected}: delete it and download it again, or"
+                f"{path} has the SHA-256 {found}, expected {expected}: delete it and download it again, or"
                 " take another mirror."
             )
+        try:
+            write_whole(expected.encode(), note)
+        except OSError as error:
+            log.debug("the SHA-256 of %s is not remembered: %s", path, error)
+
+
+def _note_of(path: Path) -> Path:
+    """Return where it is remembered that a file in its present state was compared.
+
+    The time of the last change of the inode belongs to the state: unlike that of the contents, no program can set it.
+    """
+    path = path.resolve()
+    about = path.stat()
+    state = f"{path}\n{about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return cache / "lit_matting" / "verified" / hashlib.sha256(os.fsencode(state)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from dataclasses import replace
@@ -29,6 +30,12 @@ from lit_matting.backbones.architecture import known_architectures, random_model
 from lit_matting.backbones.loading import load_parts, load_text_encoder, load_unet
 from lit_matting.backbones.weights import NAMED, Mirror, NamedWeights, file_sha256, find_weights, verify
 from lit_matting.checks import InputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a folder in the place of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +162,46 @@ def test_a_file_with_another_hash_is_refused(tmp_path: Path) -> None:
     verify(tmp_path, {"weights": known.upper()})
     with pytest.raises(InputError, match=r"weights has the SHA-256 ba78.*, expected 0000"):
         verify(tmp_path, {"weights": "0" * 64})
+
+
+def test_a_file_is_read_for_its_hash_once_and_again_when_it_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr("lit_matting.backbones.weights.file_sha256", counted)
+    path = tmp_path / "weights"
+    path.write_bytes(b"abc")
+    sums = {"weights": file_sha256(path)}
+    for _ in range(3):
+        verify(tmp_path, sums)
+    assert read == [path]
+    with pytest.raises(InputError, match="expected 0000"):
+        verify(tmp_path, {"weights": "0" * 64})
+    # other bytes, but of the same length and with the same date
+    before = path.stat()
+    path.write_bytes(b"abd")
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system ticks slowly
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(InputError, match="weights has the SHA-256"):
+            verify(tmp_path, sums)
+    path.unlink()
+    with pytest.raises(InputError, match=r"there is no .*weights"):
+        verify(tmp_path, sums)
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").write_bytes(b"abc")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        verify(tmp_path, {"weights": file_sha256(tmp_path / "weights")})
 
 
 def test_a_mirror_with_a_wrong_hash_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
