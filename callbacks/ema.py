@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn as nn
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -37,11 +37,18 @@ class EMA(WeightAveraging):
             raise InputError(f"`EMA.decay` must lie in [0, 1), got {decay}.")
         super().__init__(device=device, use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.start_step = start_step
+        self._ended = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             log.warning("EMA: the strategy shards the parameters, so no average is kept; checkpoints hold the weights.")
             return
+        if any(isinstance(item, ModelCheckpoint) and item.save_weights_only for item in trainer.callbacks):
+            raise InputError(
+                "`ModelCheckpoint.save_weights_only` leaves the callbacks out, so that EMA's average would be lost:"
+                " drop it, or EMA, from `trainer.callbacks`."
+            )
+        self._ended = False
         super().setup(trainer, _Trained(pl_module), stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,7 +67,9 @@ class EMA(WeightAveraging):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._average_model is not None:
-            super().on_train_end(trainer, _Trained(pl_module))
+            # not only copied: a checkpoint that is saved from now on must still hold what to train on from
+            self._swap_models(_Trained(pl_module))
+            self._ended = True
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_epoch_start(trainer, _Trained(pl_module))
@@ -75,7 +84,10 @@ class EMA(WeightAveraging):
             return
         state = checkpoint["state_dict"]
         average = self._average_model.module.named()
-        checkpoint["current_model_state"] = {name: state[name] for name in average}
+        current = {name: state[name] for name in average}
+        if self._ended:
+            average, current = current, average
+        checkpoint["current_model_state"] = current
         checkpoint["state_dict"] = {**state, **average}
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn as nn
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
@@ -132,6 +133,20 @@ def test_checkpoint_holds_the_average_and_the_weights_to_go_on_from(fit: Callabl
     checkpoint = torch.load(path, weights_only=True)
     torch.testing.assert_close(checkpoint["state_dict"][WATCHED], closed_form(record.steps, 0.8))
     assert torch.equal(checkpoint["current_model_state"][WATCHED], record.steps[-1])
+
+
+def test_checkpoint_after_the_end_of_training_holds_the_weights_to_go_on_from_too(fit: Callable) -> None:
+    _, trainer, record, path = fit(3, EMA(decay=0.8))
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    torch.testing.assert_close(checkpoint["state_dict"][WATCHED], closed_form(record.steps, 0.8))
+    assert torch.equal(checkpoint["current_model_state"][WATCHED], record.steps[-1])
+
+
+def test_checkpoints_that_would_lose_the_average_are_refused(make_model: MakeModel, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer([EMA(), ModelCheckpoint(save_weights_only=True)], enable_checkpointing=True)
+    with pytest.raises(InputError, match=r"`ModelCheckpoint.save_weights_only` leaves the callbacks out"):
+        trainer.fit(make_model(), [])
 
 
 def test_resumed_run_has_the_average_of_one_that_never_stopped(fit: Callable) -> None:
