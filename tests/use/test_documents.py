@@ -143,7 +143,7 @@ def test_dotted_settings_named_in_the_pages_are_settings_of_an_experiment(monkey
     assert main(["fit", "--config", str(ROOT / "configs/experiment/sd21_joint.yaml"), *flags]) == 0
     config = parsed[0].config.fit
     assert config.model.backbone.init_args.pretrained == "/weights/sd21"
-    assert config.data.init_args.on_bad_sample == "skip"  # "as in the experiments for real data"
+    assert config.data.init_args.on_bad_sample == "skip"  # "as in the `sd21_*` experiments"
     assert config.trainer.accumulate_grad_batches == 2
 
 
