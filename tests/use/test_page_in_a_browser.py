@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
+import re
 import signal
 import sys
 import urllib.error
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lit_matting.checkpoints import store_threshold
@@ -55,13 +56,20 @@ def site(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """The running command; its confidence is calibrated so that one of two phrases is found and the other is not."""
     folder = tmp_path_factory.mktemp("page")
     own = folder / "calibrated.ckpt"
-    shutil.copy(checkpoint, own)
+    content = torch.load(checkpoint, weights_only=True)
+    # an untrained network is sure of nothing, and then the page says so instead of found or missing
+    (name,) = [name for name in content["state_dict"] if re.fullmatch(r"network.trimap_head.layers.\d+.bias", name)][
+        -1:
+    ]
+    content["state_dict"][name] += 2
+    torch.save(content, own)
     image = photograph(600, 800)
     matting = MattingPipeline.from_checkpoint(own, device="cpu", precision="fp32")
     low, high = sorted(matting(image, phrase).confidence for phrase in ("the dog", "a red umbrella"))
     assert high - low > 1e-3
     store_threshold(own, (low + high) / 2)
     matting.threshold = (low + high) / 2
+    assert all(matting(image, phrase).alpha.max() >= 0.5 for phrase in ("the dog", "a red umbrella"))
     temporary = folder / "temporary"
     temporary.mkdir()
     options = ("--device", "cpu", "--precision", "fp32", "--max-megabytes", "1", "--max-megapixels", "0.6")
