@@ -183,6 +183,7 @@ class LitMatting(pl.LightningModule):
         if self.device_mesh is None or self._sharded:
             return
         averaging = [item for item in self.trainer.callbacks if isinstance(item, WeightAveraging)]
+        averaging = [item for item in averaging if item._average_model is not None]  # callbacks.EMA stands aside
         if averaging:
             raise InputError(
                 f"{type(averaging[0]).__name__} cannot average weights that are spread over processes: drop it from"

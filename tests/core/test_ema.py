@@ -189,6 +189,26 @@ def test_average_stands_aside_where_parameters_are_sharded(
     assert set(checkpoint) == {"state_dict"}
 
 
+def test_sharding_goes_on_without_an_average_and_is_refused_with_one(
+    make_model: MakeModel, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded: list[nn.Module] = []
+    monkeypatch.setattr("lit_matting.module.shard", lambda network, mesh: sharded.append(network))
+    monkeypatch.setattr(LitMatting, "device_mesh", {"data_parallel": None})
+    ema, model = EMA(), make_model()
+    model.trainer = trainer = make_trainer([ema])
+    ema.setup(trainer, model, "fit")
+    with pytest.raises(InputError, match="EMA cannot average weights that are spread over processes"):
+        model.configure_model()
+    assert not sharded
+    aside = EMA()
+    model.trainer = trainer = make_trainer([aside])
+    trainer.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
+    aside.setup(trainer, model, "fit")
+    model.configure_model()
+    assert sharded == [model.network]
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_decay_that_is_none_is_refused(decay: float) -> None:
     with pytest.raises(InputError, match=rf"`EMA.decay` must lie in \[0, 1\), got {decay}"):
