@@ -36,7 +36,7 @@ class FolderSource:
         self.name = name
 
     def questions(self) -> list[tuple[str, str, str]]:
-        """Return ``(path, name relative to the folder, phrase)`` of every matte to make.
+        """Return ``(path, name relative to the folder, phrase)`` of every matte to make; what is asked twice once.
 
         Raises:
             InputError: If there are no images, no phrases, or a line of the table is not `image,phrase`.
@@ -46,8 +46,8 @@ class FolderSource:
                 raise InputError(
                     f"`predict.phrases` is set, but the table '{self.images}' has its own phrases; drop one."
                 )
-            return _read_table(self.images)
-        phrases = [check_prompt(phrase, "predict.phrases") for phrase in self.phrases]
+            return list(dict.fromkeys(_read_table(self.images)))
+        phrases = list(dict.fromkeys(check_prompt(phrase, "predict.phrases") for phrase in self.phrases))
         if not phrases:
             raise InputError("`predict.phrases` is empty; say what to cut out, for example 'the red umbrella'.")
         if os.path.isdir(self.images):

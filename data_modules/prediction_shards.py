@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,12 +36,14 @@ class PredictionShards(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.folder, self.prefix, self.image_ext, self.max_samples = folder, prefix, image_ext, max_samples
         self._writer: ShardWriter | None = None
+        self._asked: Counter[str] = Counter()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin this process's shards."""
         prefix = self.prefix if trainer.world_size == 1 else f"{self.prefix}-{trainer.global_rank}"
         writer = ShardWriter(self.folder, prefix, self.prefix, "predict", "lit_matting predict", self.max_samples)
         self._writer = writer.__enter__()
+        self._asked.clear()
 
     def write_on_batch_end(
         self,
@@ -62,7 +65,11 @@ class PredictionShards(BasePredictionWriter):
             )
             pixels = _bytes(batch.image[row].movedim(0, -1))
             source = {"source": {"key": key}}
-            self._writer.write(sample_key(key, instance, phrase), pixels, self.image_ext, [entry], source)
+            name = sample_key(key, instance, phrase)
+            self._asked[name] += 1
+            if self._asked[name] > 1:  # two people have described the same thing in the same words
+                name = f"{name}-{self._asked[name]}"
+            self._writer.write(name, pixels, self.image_ext, [entry], source)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the last shard and write the index; a process that had nothing to do writes none."""

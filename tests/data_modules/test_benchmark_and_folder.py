@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data_modules import BenchmarkSource, FolderSource, InterleavedDataModule
+from data_modules import BenchmarkSource, FolderSource, InterleavedDataModule, PredictionShards
 from data_modules.benchmark import BenchmarkLoader, Question, even_batches
 from data_modules.shards import InstanceEntry, ShardIndex, ShardWriter
 from lit_matting.checks import InputError
+from lit_matting.records import MattingBatch
 
 Pictures = Callable[..., Path]
 Picture = Callable[..., tuple[np.ndarray, list[np.ndarray]]]
@@ -157,6 +159,32 @@ def test_table_pairs_images_and_phrases(photographs: Path) -> None:
     table.write_text("none.png,a dog\n")
     with pytest.raises(InputError, match=r"none.png' does not exist"):
         FolderSource(str(table)).loader()
+
+
+def test_matte_that_is_asked_for_twice_is_made_once(photographs: Path) -> None:
+    table = photographs / "table.csv"
+    table.write_text("a.png,a dog\nsub/b.jpg,a dog\na.png,a dog\n")
+    assert [batch.keys[0] for batch in FolderSource(str(table)).loader()] == ["a.png", "sub/b.jpg"]
+    twice = FolderSource(str(photographs / "a.png"), ["a dog", "a cat", "a dog"])
+    assert [phrase for _, _, phrase in twice.questions()] == ["a dog", "a cat"]
+
+
+def test_shards_hold_every_prediction_though_two_phrases_are_the_same(tmp_path: Path) -> None:
+    writer, trainer = PredictionShards(str(tmp_path), image_ext="png"), SimpleNamespace(world_size=1, global_rank=0)
+    batch = MattingBatch(
+        image=torch.rand(2, 3, 4, 6),
+        target=torch.zeros(2, 1, 4, 6),
+        has_alpha=torch.tensor([True, True]),
+        prompts=("left man", "left man"),
+        prompt_kinds=("human", "human"),
+        keys=("refcoco/1/2", "refcoco/1/2"),
+        instance=torch.tensor([0, 0]),
+    )
+    writer.on_predict_start(trainer, None)  # type: ignore[arg-type]
+    writer.write_on_batch_end(trainer, None, SimpleNamespace(alpha=torch.rand(2, 1, 4, 6)), None, batch, 0, 0)  # type: ignore[arg-type]
+    writer.on_predict_end(trainer, None)  # type: ignore[arg-type]
+    index = ShardIndex.load(tmp_path / "mattes.index.json")
+    assert [index.read(number).instances[0].phrases[0].text for number in range(len(index))] == ["left man"] * 2
 
 
 def test_photographs_come_the_way_a_viewer_shows_them(tmp_path: Path) -> None:
