@@ -6,6 +6,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from data_modules.shard_writer import InstanceEntry, ShardWriter
+from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch, MattingOutput
 
 
@@ -39,8 +41,19 @@ class PredictionShards(BasePredictionWriter):
         self._asked: Counter[str] = Counter()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin this process's shards."""
-        prefix = self.prefix if trainer.world_size == 1 else f"{self.prefix}-{trainer.global_rank}"
+        """Begin this process's shards.
+
+        Raises:
+            InputError: If shards of an earlier run with another number of processes would be read beside these.
+        """
+        alone = trainer.world_size == 1
+        prefix = self.prefix if alone else f"{self.prefix}-{trainer.global_rank}"
+        ours = {self.prefix} if alone else {f"{self.prefix}-{rank}" for rank in range(trainer.world_size)}
+        for path in sorted(Path(self.folder).glob("*.index.json")):
+            name = path.name.removesuffix(".index.json")
+            if re.fullmatch(re.escape(self.prefix) + r"(-\d+)?", name) and name not in ours:
+                raise InputError(f"'{path}' is of an earlier run, with another number of processes: remove its shards.")
+        (Path(self.folder) / f"{prefix}.index.json").unlink(missing_ok=True)  # a share may be empty this time
         writer = ShardWriter(self.folder, prefix, self.prefix, "predict", "lit_matting predict", self.max_samples)
         self._writer = writer.__enter__()
         self._asked.clear()

@@ -187,6 +187,19 @@ def test_shards_hold_every_prediction_though_two_phrases_are_the_same(tmp_path: 
     assert [index.read(number).instances[0].phrases[0].text for number in range(len(index))] == ["left man"] * 2
 
 
+def test_shards_of_a_run_on_other_processes_are_not_read_beside_new_ones(tmp_path: Path) -> None:
+    for name in ("mattes", "mattes-1", "mattes-old"):
+        (tmp_path / f"{name}.index.json").touch()
+    trainer = SimpleNamespace(world_size=2, global_rank=1)
+    with pytest.raises(InputError, match=r"mattes.index.json' is of an earlier run"):
+        PredictionShards(str(tmp_path)).on_predict_start(trainer, None)  # type: ignore[arg-type]
+    (tmp_path / "mattes.index.json").unlink()
+    writer = PredictionShards(str(tmp_path))
+    writer.on_predict_start(trainer, None)  # type: ignore[arg-type]
+    writer.on_predict_end(trainer, None)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["mattes-old.index.json"]
+
+
 def test_photographs_come_the_way_a_viewer_shows_them(tmp_path: Path) -> None:
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, :8] = 255
