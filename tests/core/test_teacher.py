@@ -21,7 +21,7 @@ from lit_matting.teacher import Teacher
 
 MakeModel = Callable[..., LitMatting]
 MakeBatch = Callable[..., MattingBatch]
-TINY = {"block_channels": (16, 32), "stem_channels": 8, "text_channels": 16, "max_tokens": 6}
+TINY = {"block_channels": (16, 32), "stem_channels": 8, "text_channels": 16, "max_tokens": 6, "stem_blocks": 0}
 
 
 class FrozenStem(TinyDiffusion):
@@ -102,7 +102,7 @@ def test_equal_frozen_parts_are_kept_once_and_run_once(make_model: MakeModel, ma
     student.training_step(make_batch(phrases_per_image=2), 0)
     assert runs == [1]
     other = FrozenStem()
-    other.image_encoder.layers[0].bias.data += 1
+    other.image_encoder.enter[0].bias.data += 1
     assert Teacher(make_model(backbone=other).network, student.network).shared == ()
 
 
@@ -121,8 +121,8 @@ def test_student_learns_from_its_teacher_and_the_teacher_from_nobody(
 
     far, ema = distance(), EMA(decay=0.5)
     student_model.make_optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=3e-3)
-    trainer = make_trainer([ema], max_steps=20, max_epochs=-1)
-    trainer.fit(student_model, torch.utils.data.DataLoader([batch] * 20, batch_size=None))
+    trainer = make_trainer([ema], max_steps=30, max_epochs=-1)
+    trainer.fit(student_model, torch.utils.data.DataLoader([batch] * 30, batch_size=None))
     assert distance() < 0.5 * far
     for name, value in teacher_model.network.state_dict().items():
         assert torch.equal(value, before[name]), name
