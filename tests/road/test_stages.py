@@ -19,7 +19,7 @@ from lit_matting.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-STEPS = {"ground": 150, "matte": 100, "refine": 50, "distill": 40, "joint": 4}
+STEPS = {"ground": 200, "matte": 250, "refine": 50, "distill": 40, "joint": 4}
 MEASURES = ("grounding_accuracy", "soft_iou", "band_mae", "sad")
 REFINER = ("network.refiner.", "network.project.")
 
@@ -83,6 +83,7 @@ def command(what: str, stage: str, folder: str, *flags: str, steps: int = 1) -> 
     overlay.write_text(OVERLAY.replace("FOLDER", folder).replace("STEPS", str(steps)))
     arguments = [f"--config={CONFIGS / 'experiment' / f'sd21_{stage}.yaml'}"]
     arguments += [f"--model.backbone={CONFIGS / 'backbone' / 'tiny.yaml'}", f"--config={overlay}"]
+    arguments.append("--model.backbone.init_args.stem_blocks=0")  # colours need no more
     if "learning_rate_scales" in (CONFIGS / "experiment" / f"sd21_{stage}.yaml").read_text():
         arguments.append("--model.learning_rate_scales={network.backbone.unet: 1.0}")  # nothing is pretrained here
     if stage == "distill":
