@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -292,26 +291,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def write_between_markers(path: Path, text: str) -> None:
     """Put text between this tool's two markers in a Markdown file, at its end if it has none; atomically."""
-    from lit_matting.files import write_whole
+    from tools.benchmark_refiner import write_between_markers as write
 
-    page = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n"
-    section = f"{START}\n{text}\n{END}"
-    if START in page and END in page:
-        before, rest = page.split(START, 1)
-        page = before + section + rest.split(END, 1)[1]
-    else:
-        page = f"{page.rstrip()}\n\n## Inference\n\n{section}\n"
-    write_whole(page.encode(), path)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    write(path, text, (START, END), "## Inference")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,11 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from lit_matting.checks import InputError
     from lit_matting.files import write_whole
+    from tools.benchmark_refiner import processor
 
     torch.set_num_threads(1)
     report: dict[str, Any] = {
         "command": "python tools/benchmark_inference.py",
-        "processor": _processor(),
+        "processor": processor(),
         "torch": torch.__version__,
         "network": options.checkpoint or "configs/experiment/demo.yaml with random weights",
     }
