@@ -41,6 +41,10 @@ class LossTerm(nn.Module, ABC):
         """Return which images the term applies to, (B,) bool; by default all."""
         return targets.has_alpha.new_ones(targets.has_alpha.shape)
 
+    def computed(self, output: MattingOutput) -> Tensor | None:
+        """Return for which images the network computed what the term reads, (B,) bool; None, the default: for all."""
+        return None
+
     def forward(self, output: MattingOutput, targets: MattingTargets) -> Tensor:
         """Return the unweighted term: the mean over the images it applies to.
 
@@ -49,7 +53,8 @@ class LossTerm(nn.Module, ABC):
         """
         # autocast would run the pyramids' convolutions in half precision
         with torch.autocast(targets.alpha.device.type, enabled=False):
-            return masked_mean(self.per_image(output, targets), self.applies(targets))
+            chosen, computed = self.applies(targets), self.computed(output)
+            return masked_mean(self.per_image(output, targets), chosen if computed is None else chosen & computed)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

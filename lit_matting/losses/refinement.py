@@ -72,3 +72,6 @@ class Refinement(LossTerm):
 
     def applies(self, targets: MattingTargets) -> Tensor:
         return targets.has_alpha
+
+    def computed(self, output: MattingOutput) -> Tensor | None:
+        return output.refined

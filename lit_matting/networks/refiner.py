@@ -43,6 +43,8 @@ class Refined:
     """The alpha at each scale that ran, coarse to fine."""
     active: tuple[Tensor, ...]
     """The active pixels of each of them, (B, H_s, W_s) bool."""
+    worked: Tensor | None = None
+    """(B,) bool: the rows it worked on; None: all. The others hold the enlarged alpha."""
 
 
 class SparseRefiner(nn.Module):
@@ -62,8 +64,9 @@ class SparseRefiner(nn.Module):
         trimap_range: Trimap values strictly inside are uncertain.
         detach_inputs: Keep the refiner's gradient out of the network before it. From scratch, the gradient of a matte
             that is still in the wrong place harms grounding.
-        train_images: Refine at most so many images of a training batch, the first ones; the others keep the enlarged
-            alpha. The refiner learns from pixels, of which a few images hold plenty. None: all.
+        train_images: Refine at most so many rows (image and phrase) of a training batch, the first ones; the others
+            keep the enlarged alpha and have no part in the loss. The refiner learns from pixels, of which a few rows
+            hold plenty. None: all.
         max_active_pixels: Active pixels worked at a time where no gradient is asked for, of all images of a batch
             together; beyond, in bands, with exactly the same alpha. With the default widths an active pixel takes about
             1 kB, so the default is 0.3 GB. None: no limit.
@@ -89,6 +92,8 @@ class SparseRefiner(nn.Module):
         super().__init__()
         if max_active_pixels is not None and max_active_pixels < 1:
             raise InputError(f"`max_active_pixels` must be at least 1, or null for no limit, got {max_active_pixels}.")
+        if train_images is not None and train_images < 1:
+            raise InputError(f"`train_images` must be at least 1, or null for all, got {train_images}.")
         self.feature_channels = feature_channels
         self.half_scale_above = half_scale_above
         self.max_long_edge = max_long_edge
@@ -154,7 +159,10 @@ class SparseRefiner(nn.Module):
             # every parameter takes part in every step, else distributed training waits for its gradient
             for module in unused.values():
                 result = result + 0.0 * sum(parameter.sum() for parameter in module.parameters())
-        return Refined(result, tuple(alphas), tuple(actives))
+        worked = None
+        if self.training and self.train_images is not None:
+            worked = torch.arange(len(image), device=image.device) < self.train_images
+        return Refined(result, tuple(alphas), tuple(actives), worked)
 
     def _scale(
         self,

@@ -80,7 +80,7 @@ def build(desk: Desk, examples: Sequence[Example], folder: Path, footnote: str) 
                     visible=bool(examples),
                     elem_id="examples",
                 )
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_id="answer"):
                 said = gr.HTML(_note("plain", EMPTY), elem_id="said")
                 nothing_yet = gr.HTML('<div id="nothing-yet">Your cut-out will appear here.</div>')
                 with gr.Column(visible=False) as shown:

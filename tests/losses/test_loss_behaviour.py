@@ -245,3 +245,14 @@ def test_masks_alone_teach_semantics_and_grounding_but_no_alpha(whole_case: Whol
     assert values["alpha_lr"].item() == values["r"].item() == 0.0
     taught = {name for name, leaf in leaves(output).items() if leaf.grad.abs().sum() > 0}
     assert taught == {"trimap", "coarse_trimap", "grounding"}
+
+
+def test_refinement_averages_over_the_rows_that_were_refined(whole_case: WholeCase) -> None:
+    output, targets = whole_case(batch=4)
+    refined = torch.tensor([True, True, True, False])
+    targets = dataclasses.replace(targets, has_alpha=torch.tensor([True, False, True, True]))
+    value = Refinement()(dataclasses.replace(output, refined=refined), targets)
+    each = Refinement().per_image(output, targets)
+    torch.testing.assert_close(value, (each[0] + each[2]) / 2)
+    value.backward()
+    assert output.alphas[1].grad.flatten(1).any(1).tolist() == [True, False, True, False]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_matting.checks import InputError
 from lit_matting.networks.matting_network import enlarge
 from lit_matting.networks.refiner import SparseRefiner, feather
 from lit_matting.networks.sampling import pixel_places, resample, sample_rows
@@ -348,3 +349,11 @@ def test_in_training_only_the_first_images_are_refined_if_asked(make_refiner: Ma
     assert torch.allclose(some.alpha[:2], everything.alpha[:2], atol=1e-5)
     assert torch.equal(some.alpha[2:], enlarge(inputs[1], (64, 64))[2:])
     assert everything.active[0].flatten(1).any(1).all()
+    assert everything.worked is None
+    assert some.worked.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_no_row_to_train_on_is_refused(make_refiner: MakeRefiner, bad: int) -> None:
+    with pytest.raises(InputError, match="`train_images` must be at least 1"):
+        make_refiner(train_images=bad)
