@@ -30,21 +30,29 @@ class Preemption(Checkpoint):
     uninterrupted one would have. (Lightning's own requeueing saves inside the handler, in the middle of a step.) A
     signal during a validation waits for its end.
 
-    Inside a Slurm job the job is put back into its queue. To go on, give the checkpoint as ``--ckpt_path``; it is
-    deleted when a run ends by itself.
+    Inside a Slurm job the job is put back into its queue. To go on, give the checkpoint as ``--ckpt_path``; the run
+    that went on from it deletes it when it ends by itself. That of another run in the same folder stays.
 
     Args:
         path: Where to write the checkpoint. Null: ``preempted.ckpt`` beside the run's other checkpoints.
         signals: Names of the signals that announce the end.
         requeue: Inside a Slurm job, run ``scontrol requeue`` after saving.
+        every_n_steps: The processes ask each other after optimizer steps that this divides. Asking makes the host wait
+            for the device; a signal waits for up to so many steps, which must fit into the time that it leaves.
     """
 
     # a Checkpoint, because Lightning lets those run last: weight averaging, say, has then seen the step as well
 
     def __init__(
-        self, path: str | None = None, signals: Sequence[str] = ("SIGUSR1", "SIGTERM"), requeue: bool = True
+        self,
+        path: str | None = None,
+        signals: Sequence[str] = ("SIGUSR1", "SIGTERM"),
+        requeue: bool = True,
+        every_n_steps: int = 1,
     ) -> None:
         super().__init__()
+        if every_n_steps < 1:
+            raise InputError(f"`every_n_steps` of Preemption must be 1 or more, got {every_n_steps}.")
         known = {item.name for item in signal.Signals}
         for name in signals:
             if name not in known or name in ("SIGKILL", "SIGSTOP"):
@@ -54,6 +62,7 @@ class Preemption(Checkpoint):
         self.path = None if path is None else Path(path)
         self.signals = tuple(signal.Signals[name] for name in signals)
         self.requeue = requeue
+        self.every_n_steps = every_n_steps
         self.asked = False
         """Whether a signal has arrived in this process."""
         self._before: dict[signal.Signals, Any] = {}
@@ -73,8 +82,10 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and end, if any process was told to and this batch ends an optimizer step."""
+        """Save and end, if any process was told to and this batch ends an optimizer step at which they ask."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step >= trainer.max_steps > 0:
+            return
+        if trainer.global_step % self.every_n_steps:  # the same steps in all processes, or they would wait for ever
             return
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
@@ -91,9 +102,11 @@ class Preemption(Checkpoint):
         raise SystemExit(TO_BE_CONTINUED if trainer.is_global_zero else 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Delete the checkpoint of an earlier interruption: this run needed it and has ended."""
-        if trainer.is_global_zero:
-            self.place(trainer).unlink(missing_ok=True)
+        """Delete the checkpoint of an earlier interruption, if this run went on from it and has now ended."""
+        # one that this run wrote needs no deleting here: it ended there and then
+        path = self.place(trainer)
+        if trainer.is_global_zero and trainer.ckpt_path and Path(trainer.ckpt_path).resolve() == path.resolve():
+            path.unlink(missing_ok=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -27,15 +27,17 @@ cream ivory khaki amber bronze copper rust burgundy mauve fuchsia aqua mint azur
 blond brunette ginger colored coloured colorful colourful reddish orangish yellowish greenish bluish purplish
 pinkish brownish blackish whitish greyish grayish
 """
+# l, r, east and west are sides as often as parts of names (the L-shaped sofa, Toys R Us, the West Ham shirt), and lt is
+# light as well: such phrases are not changed over
 _PAIRS = """left right lefthand righthand leftmost rightmost leftward rightward leftside rightside leftest rightest
-lft rt l r west east"""
+lft rt"""
 _SWAPS = dict(zip(_PAIRS.split()[::2], _PAIRS.split()[1::2]))
 _SWAPS.update({right: left for left, right in _SWAPS.items()})
-# "the one right behind", "all right": no side is meant, or it cannot be told
+# "the one right behind", "all right", "right side up", "left-over": no side is meant, or it cannot be told
 _NO_SIDE = re.compile(
     r"(?<!\bthe )(?<!\bfar )(?<!\bto )\bright (?:above|after|at|before|behind|below|beneath|beside|by|here|in|near|next"
-    r"|now|on|over|past|there|under|up)\b|\b(?:all|any|is|are|has|have|was|were) (?:left|right)\b"
-    r"|(?<!\bthe )\bleft (?:over|behind|open|out)\b"
+    r"|now|on|over|past|there|under|up)\b|\b(?:all|any|is|are|has|have|was|were|been) (?:left|right)\b"
+    r"|(?<!\bthe )\bleft (?:alone|behind|open|out)\b|\b(?:left over|right (?:angle|of way|side up|way up))\b"
 )
 _SIDE_WORDS = frozenset(_SIDES.split())
 _PLACE_WORDS = _SIDE_WORDS | frozenset(_PLACES.split())
@@ -80,7 +82,7 @@ def mirrored(prompt: str) -> str | None:
     """
     text = prompt.lower()
     sides = [word for word in _WORD.findall(text) if word in _SIDE_WORDS]
-    if _NO_SIDE.search(text) or any(word not in _SWAPS for word in sides):
+    if _NO_SIDE.search(text.replace("-", " ")) or any(word not in _SWAPS for word in sides):
         return None
 
     def other(match: re.Match[str]) -> str:

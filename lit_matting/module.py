@@ -14,6 +14,7 @@ import torch.nn as nn
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_matting.backbones import Backbone
@@ -182,15 +183,18 @@ class LitMatting(pl.LightningModule):
         """Spread the trained weights over the processes, where the strategy is ModelParallelStrategy (FSDP2)."""
         if self.device_mesh is None or self._sharded:
             return
-        averaging = [item for item in self.trainer.callbacks if isinstance(item, WeightAveraging)]
-        averaging = [item for item in averaging if item._average_model is not None]  # callbacks.EMA stands aside
-        if averaging:
+        if averaging := self._averaging():
             raise InputError(
                 f"{type(averaging[0]).__name__} cannot average weights that are spread over processes: drop it from"
                 " `trainer.callbacks`, or train with configs/trainer/ddp8.yaml."
             )
         shard(self.network, self.device_mesh["data_parallel"])
         self._sharded = True
+
+    def _averaging(self) -> list[WeightAveraging]:
+        """Return the trainer's callbacks that keep an average; where weights are sharded, callbacks.EMA keeps none."""
+        averaging = [item for item in self.trainer.callbacks if isinstance(item, WeightAveraging)]
+        return [item for item in averaging if item._average_model is not None]
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
@@ -316,10 +320,19 @@ class LitMatting(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the backbone's frozen parts are those the checkpoint was trained with.
 
+        Training that goes on from a checkpoint with an average, and keeps none itself, is warned about.
+
         Raises:
-            InputError: If they are not.
+            InputError: If the frozen parts are others.
         """
         self.network.backbone.check_frozen(checkpoint.get("lit_matting", {}).get("frozen", {}), "the checkpoint")
+        resuming = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if resuming and "current_model_state" in checkpoint and not self._averaging():
+            log.warning(
+                "The checkpoint was written with weight averaging, which this run has not: it goes on from the averaged"
+                " weights instead of those of the last step; add callbacks.EMA to `trainer.callbacks` (where weights"
+                " are not sharded) to go on as before."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; keys of the backbone's frozen parts may be missing, anything else may not.

@@ -159,6 +159,38 @@ def test_resumed_run_has_the_average_of_one_that_never_stopped(fit: Callable) ->
     torch.testing.assert_close(resumed.validated[-1], whole.validated[-1])
 
 
+def test_training_on_without_the_average_is_warned_about_and_other_uses_are_not(
+    fit: Callable,
+    make_model: MakeModel,
+    make_trainer: MakeTrainer,
+    make_batch: MakeBatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, _, record, path = fit(2, EMA(decay=0.8))
+    loader = DataLoader([make_batch()], batch_size=None)
+
+    def model() -> LitMatting:
+        torch.manual_seed(3)  # its frozen parts are those of the checkpoint
+        return make_model(backbone=FrozenStem())
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: LitMatting) -> None:
+            self.start = pl_module.get_parameter(WATCHED).detach().clone()
+
+    warning = "add callbacks.EMA to `trainer.callbacks`"
+    with caplog.at_level("WARNING", logger="lit_matting.module"):
+        for judge in ("validate", "test", "predict"):
+            getattr(make_trainer(), judge)(model(), loader, ckpt_path=path, weights_only=True)
+        make_model(backbone=model().network.backbone, initial_weights=str(path))
+        fit(3, EMA(decay=0.8), resume=path)
+        assert warning not in caplog.text
+        watch = Watch()
+        trainer = make_trainer([watch], max_steps=3, max_epochs=-1)
+        trainer.fit(model(), loader, ckpt_path=path, weights_only=True)
+    assert caplog.text.count(warning) == 1
+    torch.testing.assert_close(watch.start, closed_form(record.steps, 0.8))  # as the warning says
+
+
 def test_run_goes_on_from_a_checkpoint_without_an_average(
     fit: Callable, make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
