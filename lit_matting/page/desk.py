@@ -149,14 +149,15 @@ def _three_numbers(colour: str) -> tuple[int, ...]:
 
 def verdict(result: MattingResult) -> tuple[str, str]:
     """Return what to say about a result: a kind (`found`, `missing` or `nothing`), and a sentence."""
-    if result.alpha.max() < 0.5:
-        return "nothing", f"Nothing in this photo matched “{result.phrase}”. Try other words, or name its colour."
-    share = 100 * float(result.alpha.mean())
-    covers = f"{share:.0f} %" if share >= 1 else "less than 1 %"
+    empty = result.alpha.max() < 0.5
     if result.found is False:
         return "missing", (
             f"“{result.phrase}” does not seem to be in this photo (confidence {result.confidence:.2f}; from"
-            f" {result.threshold:.2f} on it counts as found). Shown is the best guess."
+            f" {result.threshold:.2f} on it counts as found).{'' if empty else ' Shown is the best guess.'}"
         )
+    if empty:
+        return "nothing", f"Nothing in this photo matched “{result.phrase}”. Try other words, or name its colour."
+    share = 100 * float(result.alpha.mean())
+    covers = f"{share:.0f} %" if share >= 1 else "less than 1 %"
     sure = "" if result.found is None else f" Confidence {result.confidence:.2f}."
     return "found", f"Cut out: “{result.phrase}”, {covers} of the photo.{sure}"

@@ -1,7 +1,8 @@
-"""Keeps the server's folders out of what the page sends.
+"""Keeps the server's folders out of what the page sends, and what is too large out of the server.
 
 Gradio names every file by its absolute path: in the addresses of pictures, in the answers to uploads and in the
-requests that refer to them. Between Gradio and the browser one stands in for the other, in both directions.
+requests that refer to them. Between Gradio and the browser one stands in for the other, in both directions. Gradio
+limits the files of an upload, and nothing else that is sent to it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ ALIAS = "/lit-matting-files"
 _TEXTS = ("application/json", "text/html", "text/plain", "text/event-stream")
 _CLOSED = ("/gradio_api/file=http", "/gradio_api/file/http", "/gradio_api/proxy=", "/monitoring")
 """What Gradio offers beyond this page: fetching addresses for a visitor, and statistics about the visitors."""
+TEXT_BYTES = 1_000_000
+"""Of a request that uploads no file; the page's own have a thousandth of it."""
+_ENVELOPE_BYTES = 65_536
+"""What may stand around an uploaded file."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -22,16 +27,18 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class HiddenFolder:
-    """ASGI middleware that puts :data:`ALIAS` in the place of a folder's path.
+    """ASGI middleware that puts :data:`ALIAS` in the place of a folder's path, and answers large requests with 413.
 
     Args:
         app: The application behind it.
         folder: Absolute path of the folder.
+        file_bytes: Of an uploaded file at most; everything else that is sent may have :data:`TEXT_BYTES`.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], folder: str) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], folder: str, file_bytes: int) -> None:
         self.app = app
         self.folder = folder
+        self.file_bytes = file_bytes
 
     def inwards(self, text: bytes) -> bytes:
         """Return what the browser sent as Gradio must read it."""
@@ -48,17 +55,67 @@ class HiddenFolder:
         if scope["path"].startswith(_CLOSED):
             await _refuse(send, 404)
             return
-        kind = dict(scope["headers"]).get(b"content-type", b"")
+        headers = dict(scope["headers"])
+        upload = headers.get(b"content-type", b"").startswith(b"multipart/")
+        limited = _Limited(receive, send, self.file_bytes if upload else TEXT_BYTES, _ENVELOPE_BYTES if upload else 0)
+        if limited.exceeds(int(headers.get(b"content-length") or 0)):
+            await limited.refuse()
+            return
         scope = {**scope, "path": self.inwards(scope["path"].encode()).decode()}
+        receive, send = limited.receive, limited.send
         # uploads go by piece by piece; everything else Gradio may read as JSON, whatever it calls itself
-        if scope["method"] == "POST" and not kind.startswith(b"multipart/"):
+        if scope["method"] == "POST" and not upload:
             body = self.inwards(await _whole_body(receive))
+            if limited.refused:
+                return
             if _names_an_address(body):
                 await _refuse(send, 400)
                 return
             scope["headers"] = _with_length(scope["headers"], len(body))
             receive = _given(body, receive)
-        await self.app(scope, receive, _Answer(self, send))
+        try:
+            await self.app(scope, receive, _Answer(self, send))
+        except Exception:
+            if not limited.refused:  # else the application complains that the browser went away
+                raise
+
+
+class _Limited:
+    """A request of which only so much is read: beyond it the answer is 413, and for the application the browser left.
+
+    Args:
+        receive: The server's.
+        send: The server's.
+        limit: Bytes, as the answer says it.
+        spare: Bytes beyond the limit that are let through.
+    """
+
+    def __init__(self, receive: Receive, send: Send, limit: int, spare: int) -> None:
+        self._receive, self._send = receive, send
+        self.limit, self.spare = limit, spare
+        self.refused = False
+        self._read = 0
+        self._started = False
+
+    def exceeds(self, size: int) -> bool:
+        return size > self.limit + self.spare
+
+    async def refuse(self) -> None:
+        self.refused = True
+        if not self._started:
+            await _refuse(self._send, 413, f"That is larger than the maximum of {self.limit / 1e6:g} MB.")
+
+    async def receive(self) -> Message:
+        message = {"type": "http.disconnect"} if self.refused else await self._receive()
+        self._read += len(message.get("body", b""))
+        if self.exceeds(self._read) and not self.refused:
+            await self.refuse()
+        return {"type": "http.disconnect"} if self.refused else message
+
+    async def send(self, message: Message) -> None:
+        if not self.refused:
+            self._started = True
+            await self._send(message)
 
 
 class _Answer:
@@ -93,9 +150,10 @@ class _Answer:
                 await self.send({"type": "http.response.body", "body": body})
 
 
-async def _refuse(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
+async def _refuse(send: Send, status: int, text: str = "") -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text.encode())).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
 
 
 def _names_an_address(body: bytes) -> bool:

@@ -120,6 +120,7 @@ def _serve(
         if private
         else "Photos go to the computer that runs this page; they are deleted when the program is stopped."
     )
+    file_bytes = int(options.max_megabytes * 1e6)
     page = build(Desk(matting, options.max_megapixels), examples, folder / FILES, footnote)
     page.queue(max_size=32)
     fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
@@ -131,9 +132,13 @@ def _serve(
         share=False,
         inbrowser=options.open,
         show_error=False,
-        max_file_size=int(options.max_megabytes * 1e6),
+        max_file_size=file_bytes,
         state_session_capacity=SESSIONS,
-        app_kwargs={"middleware": [Middleware(HiddenFolder, folder=str(folder))], "docs_url": None, "redoc_url": None},
+        app_kwargs={
+            "middleware": [Middleware(HiddenFolder, folder=str(folder), file_bytes=file_bytes)],
+            "docs_url": None,
+            "redoc_url": None,
+        },
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

@@ -173,7 +173,11 @@ def test_verdict_tells_found_from_missing_and_from_nothing(matting: MattingPipel
     kind, text = judged(0.6, 0.5)
     assert kind == "missing"
     assert text.startswith("“the dog” does not seem to be in this photo (confidence 0.40; from 0.50 on")
-    assert judged(0.3, None)[0] == "nothing"
+    assert text.endswith(" Shown is the best guess.")
+    assert judged(0.3, None)[0] == judged(0.3, 0.3)[0] == "nothing"
+    kind, text = judged(0.3, 0.5)  # both are true, and this says more
+    assert kind == "missing"
+    assert text.endswith("from 0.50 on it counts as found).")
 
 
 # --- what it hides ----------------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ def exchange(
         "path": path,
         "headers": [(b"content-type", sent_as), (b"content-length", str(len(sent)).encode())],
     }
-    asyncio.run(HiddenFolder(application, "/tmp/secret-1")(scope, receive, send))
+    asyncio.run(HiddenFolder(application, "/tmp/secret-1", 2_000_000)(scope, receive, send))
     return saw, got
 
 
@@ -252,6 +256,58 @@ def test_forged_file_with_an_address_for_its_path_is_refused(sent_as: bytes) -> 
     saw, got = exchange("/gradio_api/queue/join", honest, "application/json", [b"{}"], sent_as)
     assert saw["body"] == honest
     assert got[0]["status"] == 200
+
+
+def sent_in_pieces(
+    size: int, sent_as: bytes, declared: bool, method: str = "POST"
+) -> tuple[int, list[dict[str, Any]], int]:
+    """How much of a body the application read, what the browser got, and how much of the body the server took."""
+    read = 0
+    left = [min(100_000, size - start) for start in range(0, size, 100_000)]
+
+    async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        nonlocal read
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionError("the browser has gone")
+            read += len(message["body"])
+            if not message["more_body"]:
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    got: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(left.pop(0)), "more_body": bool(left)}
+
+    async def send(message: dict[str, Any]) -> None:
+        got.append(message)
+
+    headers = [(b"content-type", sent_as)]
+    headers += [(b"content-length", str(size).encode())] if declared else [(b"transfer-encoding", b"chunked")]
+    scope = {"type": "http", "method": method, "path": "/gradio_api/queue/join", "headers": headers}
+    asyncio.run(HiddenFolder(application, "/tmp/secret-1", 2_000_000)(scope, receive, send))
+    return read, got, size - sum(left)
+
+
+@pytest.mark.parametrize(
+    ("sent_as", "limit"), [(b"application/json", 1), (b"", 1), (b"multipart/form-data; boundary=x", 2)]
+)
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_no_request_may_be_larger_than_its_limit(sent_as: bytes, limit: int, method: str) -> None:
+    fits = limit * 1_000_000
+    for declared in (True, False):
+        read, got, _ = sent_in_pieces(fits, sent_as, declared, method)
+        assert (read, got[0]["status"]) == (fits, 200)
+        read, got, taken = sent_in_pieces(fits + 100_000, sent_as, declared, method)
+        assert [message.get("status") for message in got] == [413, None], "one answer"
+        assert got[1]["body"] == f"That is larger than the maximum of {limit} MB.".encode()
+        # what says its size is not read at all, and the rest not to its end
+        assert read <= taken <= (0 if declared else fits + 100_000)
+    read, _, taken = sent_in_pieces(100_000_000, sent_as, False, method)
+    assert taken <= fits + 100_000
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
@@ -343,6 +344,17 @@ def test_server_gives_away_neither_its_files_nor_its_folders(site: Site) -> None
             assert folder not in text, (
                 f"{folder} in {text[max(0, text.index(folder) - 80) : text.index(folder) + 80]!r}"
             )
+
+
+def test_server_refuses_a_large_request_before_it_has_been_sent(site: Site) -> None:
+    connection = http.client.HTTPConnection(site.address.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/gradio_api/queue/join")
+    connection.putheader("content-type", "application/json")
+    connection.putheader("content-length", "1000001")
+    connection.endheaders()
+    with connection.getresponse() as response:
+        assert (response.status, response.read()) == (413, b"That is larger than the maximum of 1 MB.")
+    connection.close()
 
 
 def test_nothing_left_this_machine(site: Site) -> None:
