@@ -31,10 +31,11 @@ if not __package__:  # run as a file: the repository's root holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_matting.files import write_whole
+from tools.documents import document_with, write_between_markers
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "all terms"
-START, END = "<!-- ablation:start -->", "<!-- ablation:end -->"
+MARKERS = "ablation"
 COUNTED_IN_STEPS = ("warmup_steps", "warmup_iterations")
 MEASURES = {
     "grounding_accuracy": "grounding accuracy",
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps; default: the experiment's own")
     parser.add_argument("--folder", type=Path, help="where the runs go (default outputs/ablation/EXPERIMENT)")
-    parser.add_argument("--table", type=Path, help="markdown file to write the table into, between its markers")
+    parser.add_argument("--table", type=document_with(MARKERS), help="Markdown file to write the table into")
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     options, flags = parser.parse_args(given[:cut]), given[cut + 1 :]
@@ -178,10 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_whole(json.dumps(record, indent=1).encode(), folder / "ablation.json")
     write_whole(f"{text}\n".encode(), folder / "ablation.md")
     if options.table:
-        content = options.table.read_text()
-        head, rest = content.split(START)
-        tail = rest.split(END)[1]
-        write_whole(f"{head}{START}\n{text}\n{END}{tail}".encode(), options.table)
+        write_between_markers(text, MARKERS, options.table)
     print(text)
     return 0
 

@@ -35,7 +35,7 @@ from lit_matting.backbones.image import VAEEncoder
 from lit_matting.backbones.loading import load_parts
 from lit_matting.backbones.pruning import Pruning, prune
 from lit_matting.backbones.text import CLIPEncoder
-from lit_matting.files import write_whole
+from tools.documents import document_with, write_between_markers
 
 STUDENTS = {
     "student base": Pruning(layers_per_block=1),
@@ -44,7 +44,7 @@ STUDENTS = {
     "student tiny": Pruning(layers_per_block=1, levels=3, mid_block=False),
 }
 PHRASE = "the red umbrella on the left"
-START, END = "<!-- benchmark_backbones:start -->", "<!-- benchmark_backbones:end -->"
+MARKERS = "benchmark_backbones"
 
 
 @dataclass
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pretrained", help="a folder in diffusers' layout instead of random weights")
     parser.add_argument("--size", type=int, default=512, help="side of the image in pixels (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed passes of each (default %(default)s)")
-    parser.add_argument("--table", type=Path, help="markdown file to write the table into, between its markers")
+    parser.add_argument("--table", type=document_with(MARKERS), help="Markdown file to write the table into")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -145,10 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = table(measured, options.size, options.rounds)
     print(text)
     if options.table:
-        content = options.table.read_text()
-        head, rest = content.split(START)
-        tail = rest.split(END)[1]
-        write_whole(f"{head}{START}\n{text}\n{END}{tail}".encode(), options.table)
+        write_between_markers(text, MARKERS, options.table)
     return 0
 
 

@@ -31,11 +31,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file: the repository's root holds the packages
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-START, END = "<!-- benchmark_inference:start -->", "<!-- benchmark_inference:end -->"
+from tools.documents import document_with, write_between_markers
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKERS = "benchmark_inference"
 SMALL = ROOT / "configs/experiment/demo.yaml"
 FULL = ROOT / "configs/backbone/sd21.yaml"
 LARGE_PHOTO = (3000, 4000)
@@ -289,13 +291,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Put text between this tool's two markers in a Markdown file, at its end if it has none; atomically."""
-    from tools.benchmark_refiner import write_between_markers as write
-
-    write(path, text, (START, END), "## Inference")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -304,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=200, help="calls over which memory must not grow")
     parser.add_argument("--no-full", action="store_true", help="leave out the full size: minutes, and 12 GiB of memory")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--table", type=Path, help="Markdown file whose section between the markers is replaced")
+    parser.add_argument("--table", type=document_with(MARKERS), help="Markdown file to write the table into")
     parser.add_argument("--one-full", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one_full:
@@ -338,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         write_whole((json.dumps(report, indent=2) + "\n").encode(), options.out)
     if options.table:
-        write_between_markers(options.table, markdown(report))
+        write_between_markers(markdown(report), MARKERS, options.table)
     return 0 if all(promise["kept"] for promise in report["promises"]) else 1
 
 

@@ -44,6 +44,7 @@ if not __package__:  # run as a file: the repository's root holds the packages
 
 from lit_matting.files import write_whole
 from lit_matting.sparse import ActiveSet, SubmanifoldConv2d, gather, scatter
+from tools.documents import document_with, write_between_markers
 
 WIDTHS = (8, 32, 32, 32, 1)
 TILE = 256
@@ -52,7 +53,7 @@ BAND_WIDTH = 15
 FLOOR_ROWS = 512
 LINE_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2)
 METHODS = ("sparse", "dense", "tiles")
-START, END = "<!-- benchmark_refiner:start -->", "<!-- benchmark_refiner:end -->"
+MARKERS = "benchmark_refiner"
 
 
 def hair_bands(side: int, fraction: float, seed: int = 0) -> Tensor:
@@ -359,25 +360,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_between_markers(
-    path: Path, text: str, markers: tuple[str, str] = (START, END), heading: str = "## Sparse refinement"
-) -> None:
-    """Put text between a tool's two markers in a Markdown file, at its end if it has none; atomically."""
-    page = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n"
-    start, end = markers
-    section = f"{start}\n{text}\n{end}"
-    if start in page and end in page:
-        before, rest = page.split(start, 1)
-        page = before + section + rest.split(end, 1)[1]
-    else:
-        page = f"{page.rstrip()}\n\n{heading}\n\n{section}\n"
-    _write(path, page)
-
-
-def _write(path: Path, text: str) -> None:
-    write_whole(text.encode(), path)
-
-
 def processor() -> str:
     """Return the name of this machine's processor."""
     try:
@@ -441,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--training-side", type=int, default=1024, help="side of the training step; 0: leave it out")
     parser.add_argument("--no-memory", action="store_true", help="leave out the fresh processes that measure memory")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--table", type=Path, help="Markdown file whose section between the markers is replaced")
+    parser.add_argument("--table", type=document_with(MARKERS), help="Markdown file to write the table into")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -455,9 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mark = "ok    " if promise["kept"] else "MISSED"
         print(f"{mark} {promise['name']}: {promise['value']:.2f} ({promise['limit']})")
     if options.out:
-        _write(options.out, json.dumps(report, indent=2) + "\n")
+        write_whole((json.dumps(report, indent=2) + "\n").encode(), options.out)
     if options.table:
-        write_between_markers(options.table, markdown(report))
+        write_between_markers(markdown(report), MARKERS, options.table)
     return 0 if all(promise["kept"] for promise in report["promises"]) else 1
 
 

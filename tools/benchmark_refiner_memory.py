@@ -35,11 +35,12 @@ if not __package__:  # run as a file: the repository's root holds the packages
 
 from lit_matting.networks.bands_and_tiles import TILE, Tile
 from lit_matting.networks.refiner import SparseRefiner
-from tools.benchmark_refiner import hair_bands, medians, processor, resident_bytes, write_between_markers
+from tools.benchmark_refiner import hair_bands, medians, processor, resident_bytes
+from tools.documents import document_with, write_between_markers
 
 GRID = 64
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-MARKERS = ("<!-- benchmark_refiner_memory:start -->", "<!-- benchmark_refiner_memory:end -->")
+MARKERS = "benchmark_refiner_memory"
 
 
 def small_maps(strands: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strands", type=float, nargs="+", default=[0.01, 0.05], help="shares covered by hair")
     parser.add_argument("--budgets", type=int, nargs="+", default=[2**18, 0], help="active pixels; 0: one go")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each method on a tile; 0: none")
-    parser.add_argument("--table", type=Path, help="Markdown file whose section between the markers is replaced")
+    parser.add_argument("--table", type=document_with(MARKERS), help="Markdown file to write the table into")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
@@ -158,9 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     tiles = measure_tiles(options.repeats) if options.repeats else []
     if options.table:
-        write_between_markers(
-            options.table, markdown(results, *options.size, tiles), MARKERS, "## The refiner's memory"
-        )
+        write_between_markers(markdown(results, *options.size, tiles), MARKERS, options.table)
     return 0
 
 

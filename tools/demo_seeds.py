@@ -21,7 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_matting.files import write_whole
+if not __package__:  # run as a file: the repository's root holds the packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.documents import write_between_markers
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/RESULTS.md"
@@ -91,15 +94,6 @@ def table(experiment: str) -> str:
     return "\n".join(lines)
 
 
-def write(experiment: str) -> None:
-    """Put the table between its markers in docs/RESULTS.md."""
-    start, end = f"<!-- {experiment}: begin -->", f"<!-- {experiment}: end -->"
-    text = DOCUMENT.read_text()
-    head, rest = text.split(start)
-    tail = rest.split(end)[1]
-    write_whole(f"{head}{start}\n{table(experiment)}\n{end}{tail}".encode(), DOCUMENT)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/demo_seeds.py", description="The demo with several seeds.")
     parser.add_argument("experiment", choices=("demo", "demo_long"))
@@ -109,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.collect:
         for seed in options.seeds:
             run_seed(options.experiment, seed)
-    write(options.experiment)
-    print(table(options.experiment))
+    text = table(options.experiment)
+    print(text)
+    write_between_markers(text, options.experiment, DOCUMENT)
     return 0
 
 

@@ -46,6 +46,7 @@ from lit_matting.metrics.referring import soft_iou
 from lit_matting.metrics.report import markdown_table, to_csv, to_json
 from lit_matting.pipeline import MattingPipeline
 from lit_matting.targets import scaled_kernel, trimap_from_alpha
+from tools.documents import around_markers, write_between_markers
 
 ERRORS = {"mae": "MAE", "band_mae": "band MAE", "soft_iou": "soft IoU"}
 BLIND = ("nothing", "everything", "the mean alpha of the others")
@@ -266,20 +267,6 @@ def _tile(array: np.ndarray, height: int) -> np.ndarray:
     return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def write_between_markers(text: str, name: str, document: Path) -> None:
-    """Put text between the markers of a name in a document.
-
-    Raises:
-        InputError: If the document has no such markers.
-    """
-    start, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    whole = document.read_text(encoding="utf-8")
-    if whole.count(start) != 1 or whole.count(end) != 1:
-        raise InputError(f"`--document`: {document} needs the lines {start} and {end} once each.")
-    head, rest = whole.split(start)
-    write_whole(f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}".encode(), document)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Score the photographs; see the module."""
     parser = argparse.ArgumentParser(prog="evaluate_photographs.py", description=(__doc__ or "").splitlines()[0])
@@ -297,6 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.collect and not options.out:
             raise InputError("`--collect` reads what an earlier run wrote: say where with `--out`.")
+        if options.document:
+            around_markers(options.document, options.name)  # before the work, not after it
         examples = [one for one in read_index(options.data) if fnmatch.fnmatchcase(one.id, options.only)]
         if not examples:
             raise InputError(f"`--only` {options.only!r} matches no photograph of {options.data}.")

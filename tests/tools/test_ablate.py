@@ -80,7 +80,7 @@ def test_finished_runs_are_kept_until_their_config_changes(tmp_path: Path, monke
 
     monkeypatch.setattr(ablate, "call", pretend)
     page = tmp_path / "page.md"
-    page.write_text(f"a\n{ablate.START}{ablate.END}\nb\n")
+    page.write_text("a\n<!-- ablation: begin --><!-- ablation: end -->\nb\n")
     command = [str(DEMO), "--seeds", "2", "--steps", "100", "--folder", str(tmp_path / "runs"), "--table", str(page)]
     assert ablate.main([*command, "--", "--trainer.precision=32-true"]) == 0
     assert len(calls) == 2 * 2 * 6

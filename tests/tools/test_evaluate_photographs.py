@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tools import evaluate_photographs
-from tools.evaluate_photographs import band_of, errors_of, main, means, write_between_markers
+from tools.evaluate_photographs import band_of, errors_of, main, means
 
 
 class Oracle:
@@ -90,13 +90,6 @@ def test_the_band_lies_about_the_outline() -> None:
     alpha[:, 256:] = 1
     columns = np.flatnonzero(band_of(alpha).all(0))
     assert columns.tolist() == list(range(249, 263))  # the kernel of 15 reaches 7 to each side
-
-
-def test_a_document_keeps_what_is_outside_its_markers(tmp_path: Path) -> None:
-    document = tmp_path / "doc.md"
-    document.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
-    write_between_markers("new", "x", document)
-    assert document.read_text() == "before\n<!-- x: begin -->\nnew\n<!-- x: end -->\nafter\n"
 
 
 def test_mistakes_are_one_sentence(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
