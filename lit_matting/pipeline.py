@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 
-from lit_matting.backbones.image import VAEEncoder
 from lit_matting.checkpoints import Checkpoint, build_network, frozen_prefixes, read_checkpoint
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.confidence import Calibration, best_threshold, confidence_of
-from lit_matting.devices import DTYPES, Precision, pick_device, pick_precision
+from lit_matting.devices import DTYPES, Precision, pick_device, pick_precision, place
 from lit_matting.networks.matting_network import MattingNetwork, enlarge
 from lit_matting.pictures import Photo, read_photo
 from lit_matting.results import MattingResult
@@ -298,21 +296,7 @@ class MattingPipeline(ModelHubMixin):
         """Bring the network to its device, and the layers that run in half precision into it, once."""
         if self._ready:
             return
-        self.network.to(self.device)
-        if self.precision != "fp32":
-            for name in ("backbone.unet", "neck", "coarse_trimap_head", "grounding_head", "trimap_head", "alpha_head"):
-                part = self.network
-                for attribute in name.split("."):
-                    part = getattr(part, attribute, None)
-                if part is not None:
-                    _to_half(part, DTYPES[self.precision])
-        encoder = getattr(self.network.backbone, "image_encoder", None)
-        if self.precision == "bf16" and isinstance(encoder, VAEEncoder):
-            # half of a call's work, and half of its memory; autocast never reaches it
-            encoder.to(torch.bfloat16)
-            if self.device.type == "cpu":
-                # its convolutions ran 3.3 times faster so (512 x 512, AMX)
-                encoder.to(memory_format=torch.channels_last)
+        place(self.network, self.device, self.precision)
         self._ready = True
 
     def calibrate(self, examples: Iterable[tuple[Any, str, bool]]) -> Calibration:
@@ -400,10 +384,3 @@ class MattingPipeline(ModelHubMixin):
             "Licence of the weights": license or "not stated",
         }
         return model_card(about, license, results or {}, notes)
-
-
-def _to_half(part: nn.Module, dtype: torch.dtype) -> None:
-    """Convert what autocast would convert again on every call: the same weights, half the memory."""
-    for module in part.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.to(dtype)

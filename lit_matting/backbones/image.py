@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -33,6 +33,17 @@ class ImageEncoder(nn.Module, ABC):
     def forward(self, image: Tensor) -> Tensor:
         """Return the latent (B, C, H / stride, W / stride) of images (B, 3, H, W) in [0, 1]."""
 
+    changes = 0
+    """How often weights were loaded, converted or moved: what it said before, it may say no more."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImageEncoder:
+        self.changes += 1
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.changes += 1
+        super()._load_from_state_dict(*args, **kwargs)
+
 
 class LatentCache:
     """Remembers the latents of images: a frozen encoder repeats its answers.
@@ -54,9 +65,12 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self._known)
 
-    def look_up(self, image: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the latents of images (B, 3, H, W); ``encode`` is asked about unknown ones only, each once."""
-        keys = [self._key(row) for row in image]
+    def look_up(self, image: Tensor, encode: Callable[[Tensor], Tensor], changes: int = 0) -> Tensor:
+        """Return the latents of images (B, 3, H, W); ``encode`` is asked about unknown ones only, each once.
+
+        With another number of ``changes`` (:attr:`ImageEncoder.changes`) all images are unknown.
+        """
+        keys = [self._key(row, changes) for row in image]
         missing = {key: index for index, key in enumerate(keys) if key not in self._known}
         found = {key: self._known[key] for key in keys if key in self._known}
         if missing:
@@ -72,9 +86,9 @@ class LatentCache:
         return torch.stack([found[key] for key in keys]).to(image.device)
 
     @staticmethod
-    def _key(image: Tensor) -> bytes:
+    def _key(image: Tensor, changes: int) -> bytes:
         pixels = image.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{pixels.dtype} {tuple(pixels.shape)}".encode())
+        digest = hashlib.sha256(f"{changes} {pixels.dtype} {tuple(pixels.shape)}".encode())
         digest.update(pixels.flatten().view(torch.uint8).numpy().data)
         return digest.digest()
 

@@ -99,7 +99,10 @@ class DiffusionBackbone(Backbone):
         self._before_upsampling.append(inputs[0])
 
     def encode_image(self, image: Tensor) -> Tensor:
-        return self.latents.look_up(image, self.image_encoder) if self.latents.size else self.image_encoder(image)
+        if not self.latents.size:
+            return self.image_encoder(image)
+        # the encoder may have been converted alone, as inference in bf16 does
+        return self.latents.look_up(image, self.image_encoder, self.image_encoder.changes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiffusionBackbone:
         self.latents.clear()  # in another precision they may be others

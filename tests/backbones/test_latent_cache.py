@@ -37,6 +37,27 @@ def test_features_with_a_cache_equal_those_without_and_known_images_are_not_enco
     assert len(cached.latents) == 0
 
 
+def test_an_encoder_that_was_changed_alone_is_asked_again(tmp_path: Path) -> None:
+    save_tiny_pipeline(tmp_path)
+    plain, cached = (StableDiffusion(str(tmp_path), adapt_text=False, cached_latents=size) for size in (0, 8))
+    image = torch.rand(1, 3, 64, 64)
+    whole = {name: value.clone() for name, value in plain.state_dict().items()}
+    changes = (
+        lambda backbone: backbone,
+        lambda backbone: backbone.image_encoder.to(torch.bfloat16),
+        lambda backbone: backbone.image_encoder.float(),  # of rounded weights
+        lambda backbone: backbone.load_state_dict(whole),
+    )
+    seen = []
+    for change in changes:
+        change(plain)
+        change(cached)
+        assert torch.equal(cached.encode_image(image), plain.encode_image(image))
+        seen.append(cached.encode_image(image))
+    assert torch.equal(seen[0], seen[3])
+    assert len({tuple(latent.flatten().tolist()) for latent in seen}) == 3
+
+
 def test_the_cache_forgets_the_image_unused_for_longest() -> None:
     cache, asked = LatentCache(2), []
 

@@ -162,6 +162,22 @@ def test_in_bf16_the_frozen_autoencoder_is_bf16_too_and_sees_nearly_the_same(
     assert 0 < (half - full).abs().mean() < 0.02 * full.abs().mean()
 
 
+def test_what_a_cache_remembers_of_another_precision_never_comes_out_of_a_pipeline(
+    photograph: np.ndarray, tmp_path: Path
+) -> None:
+    save_tiny_pipeline(tmp_path / "sd")
+
+    def network(cached: int) -> MattingNetwork:
+        return MattingNetwork(StableDiffusion(str(tmp_path / "sd"), text_tokens=12, cached_latents=cached))
+
+    shared = network(8)
+    for precision in ("fp32", "bf16"):  # the second finds what the first one remembered
+        expected = MattingPipeline(network(0), 64, device="cpu", precision=precision).encode(photograph).latent
+        matting = MattingPipeline(shared, 64, device="cpu", precision=precision)
+        assert torch.equal(matting.encode(photograph).latent, expected)
+        assert torch.equal(matting.encode(photograph).latent, expected), "remembered"
+
+
 def test_device_and_precision_are_chosen_and_checked() -> None:
     cpu = torch.device("cpu")
     assert pick_precision(cpu) in ("fp32", "bf16")
