@@ -72,7 +72,7 @@ def experiment(halves: Path) -> Callable[..., Path]:
                     },
                     {"class_path": "callbacks.SampleJournal", "init_args": {"path": str(folder / "journal.jsonl")}},
                     {"class_path": "callbacks.BenchmarkReport", "init_args": {"folder": str(folder)}},
-                    {"class_path": "callbacks.Preemption"},
+                    {"class_path": "callbacks.Preemption", "init_args": {"every_n_steps": 2}},
                     {
                         "class_path": "process_runner.Keep",
                         "init_args": {"folder": str(folder), "wait_s": wait_s},

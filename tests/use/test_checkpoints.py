@@ -199,8 +199,9 @@ def test_a_stored_threshold_is_read_back_and_changes_nothing_else(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("averaging", ["callbacks.EMA", "lightning.pytorch.callbacks.EMAWeightAveraging"])
 def test_after_training_with_weight_averaging_the_averaged_weights_are_used(
-    experiment: dict[str, Any], tmp_path: Path
+    experiment: dict[str, Any], tmp_path: Path, averaging: str
 ) -> None:
     rng = np.random.default_rng(0)
     left = np.tile(np.repeat(np.uint8([255, 0]), 32), (64, 1))
@@ -214,7 +215,7 @@ def test_after_training_with_weight_averaging_the_averaged_weights_are_used(
             writer.write(f"{number:06d}", image=image, image_ext="png", instances=instances)
     experiment["trainer"] |= {"max_steps": 3, "max_epochs": -1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     experiment["trainer"]["callbacks"] = [
-        {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+        {"class_path": averaging, "init_args": {"decay": 0.9}},
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
             "init_args": {"dirpath": str(tmp_path), "filename": "last", "every_n_train_steps": 3},
@@ -241,6 +242,7 @@ def test_after_training_with_weight_averaging_the_averaged_weights_are_used(
     name = "network.neck.project.8.weight"
     averaged, latest = content["state_dict"][name], content["current_model_state"][name]
     assert not torch.equal(averaged, latest)
-    used = build_network(read_checkpoint(tmp_path / "last.ckpt")).state_dict()
+    pipeline = MattingPipeline.from_checkpoint(tmp_path / "last.ckpt", device="cpu", precision="fp32")
+    used = pipeline.network.state_dict()
     assert torch.equal(used[name.removeprefix("network.")], averaged)
     assert read_checkpoint(tmp_path / "last.ckpt").origin["step"] == 3
