@@ -34,6 +34,8 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".h
 """What is taken from a folder; a file named one by one may end in anything."""
 DEFAULT_CHECKPOINT = "outputs/demo/last.ckpt"
 FORMATS = ("png", "webp", "tiff", "jpg")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.ckpt)")
+"""`user/name`; what ends in .ckpt is a file that is not there."""
 
 DESCRIPTION = "Cut what a phrase names out of photographs."
 EPILOG = f"""examples:
@@ -125,7 +127,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default=DEFAULT_CHECKPOINT,
         metavar="CKPT",
-        help="what `fit` wrote, or a folder of save_pretrained (default: %(default)s)",
+        help="what `fit` wrote, a folder of save_pretrained, or `user/name` on the Hugging Face hub"
+        " (default: %(default)s)",
     )
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the network (default: by device)")
@@ -313,7 +316,8 @@ def load_pipeline(options: argparse.Namespace) -> MattingPipeline:
         raise InputError(f"there is no checkpoint {given!r}: `make demo` makes it, or give another by --checkpoint.")
     from lit_matting.pipeline import MattingPipeline
 
-    build = MattingPipeline.from_pretrained if os.path.isdir(given) else MattingPipeline.from_checkpoint
+    shared = os.path.isdir(given) or (not os.path.exists(given) and _HUB_ID.fullmatch(given))
+    build = MattingPipeline.from_pretrained if shared else MattingPipeline.from_checkpoint
     return build(given, device=options.device, precision=options.precision, trust=tuple(options.trust))
 
 

@@ -136,6 +136,8 @@ class MattingPipeline(ModelHubMixin):
             InputError: If there is no such folder or model, or it was not made by this project.
         """
         folder = Path(folder_or_id)
+        if folder.is_file():
+            raise InputError(f"{os.fspath(folder_or_id)!r} is a file: open it with MattingPipeline.from_checkpoint.")
         if not folder.is_dir():
             folder = download(
                 os.fspath(folder_or_id),

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelCard, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -65,14 +65,22 @@ def download(name: str, **options: Any) -> Path:
     """Fetch a model from the hub and return its folder; ``options`` are those of ``snapshot_download``.
 
     Raises:
-        InputError: If there is no such model, or no way to it.
+        InputError: If there is no such model, or no way to it; the message says what was tried.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE], **options))
+    except LocalEntryNotFoundError as error:
+        offline = constants.HF_HUB_OFFLINE or options.get("local_files_only")
+        asked = "was not asked (HF_HUB_OFFLINE or `local_files_only`)" if offline else "cannot be reached"
+        cache = str(options.get("cache_dir") or constants.HF_HUB_CACHE)
+        raise InputError(
+            f"{name!r} is neither a file or folder here nor a model of the Hugging Face hub that can be had: it was not"
+            f" downloaded to {cache!r} earlier, and the hub {asked}."
+        ) from error
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
-            f"{name!r} is neither a folder nor a model of the Hugging Face hub that can be reached"
-            f" ({' '.join(str(error).split())[:200]})."
+            f"{name!r} is neither a file or folder here nor a model of the Hugging Face hub that can be had:"
+            f" {' '.join(str(error).split())[:200]}."
         ) from error
 
 

@@ -274,6 +274,47 @@ def test_a_thing_that_is_not_there_is_said_to_be_missing(
         assert ("'the dog' does not seem to be there (confidence 0." in capsys.readouterr().err) is says
 
 
+def test_a_checkpoint_may_be_a_file_a_folder_or_a_model_of_the_hub(
+    desk: Path, matting: MattingPipeline, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matting.save_pretrained("model")
+    asked = []
+
+    def snapshot_download(name: str, **_: object) -> str:
+        asked.append(name)
+        return "model"
+
+    monkeypatch.setattr("lit_matting.sharing.snapshot_download", snapshot_download)
+    settings = ["--alpha-only", "--overwrite", "--device", "cpu", "--precision", "fp32"]
+    seen = []
+    for given in (str(checkpoint), "model", "./model", "me/matting-1.0"):
+        assert main(["matte", "photos/a.png", "glass", "-o", "a.png", "--checkpoint", given, *settings]) == 0
+        seen.append(read(desk / "a.png"))
+    assert asked == ["me/matting-1.0"]
+    assert all(np.array_equal(picture, seen[0]) for picture in seen)
+
+
+@pytest.mark.parametrize("command", [["matte", "photos/a.png", "glass"], ["demo"]])
+def test_a_model_that_cannot_be_had_is_one_sentence_that_says_what_was_tried(
+    desk: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == ["demo"]:
+        pytest.importorskip("gradio")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(desk / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = {
+        "me/matting": "'me/matting' is neither a file or folder here nor a model of the Hugging Face hub that can be"
+        f" had: it was not downloaded to '{desk / 'cache'}' earlier, and the hub was not asked (HF_HUB_OFFLINE or"
+        " `local_files_only`).",
+        "outputs/last.ckpt": "there is no checkpoint 'outputs/last.ckpt'.",
+        "me/and/you": "there is no checkpoint 'me/and/you'.",
+        "./me": "there is no checkpoint 'me'.",
+    }
+    for given, sentence in said.items():
+        assert main([*command, "--checkpoint", given]) == 2
+        assert capsys.readouterr().err.strip() == f"python -m lit_matting {command[0]}: error: {sentence}"
+
+
 def test_names_of_phrases_fit_into_file_names() -> None:
     assert slug("  The Woman's  hair! ") == "the-woman-s-hair"
     assert slug("../../etc/passwd") == "etc-passwd"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -259,10 +260,13 @@ def test_folders_that_are_no_models_are_refused(
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(InputError, match="are damaged"):
         MattingPipeline.from_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"'no/where/at/all' is neither a folder nor a model"):
+    with pytest.raises(InputError, match=r"'no/where/at/all' is neither a file or folder here nor a model"):
         MattingPipeline.from_pretrained("no/where/at/all")
-    with pytest.raises(InputError, match=r"'nobody/nothing' is neither a folder nor a model"):
+    tried = re.escape(f"it was not downloaded to '{tmp_path}' earlier, and the hub was not asked")
+    with pytest.raises(InputError, match=rf"'nobody/nothing' is neither a file or folder here .*: {tried}"):
         MattingPipeline.from_pretrained("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
+    with pytest.raises(InputError, match=r"last.ckpt' is a file: open it with MattingPipeline.from_checkpoint"):
+        MattingPipeline.from_pretrained(checkpoint)
 
 
 def test_pushing_to_the_hub_uploads_the_folder(
