@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lit_matting.checks import InputError
 from lit_matting.files import whole_file
+from lit_matting.metrics.report import file_digest
 from lit_matting.networks.matting_network import MattingNetwork
 
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
@@ -46,6 +47,32 @@ class Checkpoint:
     """Part of the backbone that is not among the weights -> SHA-256 of the weights it must have."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What else the checkpoint says about itself: backbone, step."""
+    known_sha256: list[str] = field(default_factory=list)
+    """Of the file with these weights, and of what it was before calibration rewrote it; see :meth:`file_sha256`."""
+    file: tuple[Path, tuple[int, int]] | None = None
+    """The file, its size and time when it was opened; None once its SHA-256 is known."""
+
+    def file_sha256(self) -> list[str]:
+        """Return every SHA-256 by which a report may know these weights.
+
+        Computed when first asked for, because a checkpoint of training has gigabytes; of a file that has changed since
+        it was opened nothing is known.
+        """
+        if self.file is not None:
+            path, stamp = self.file
+            if path.is_file() and _stamp(path) == stamp:
+                self.known_sha256 = [*self.known_sha256, file_digest(path)]
+            self.file = None
+        return self.known_sha256
+
+
+_OWN_FIELDS = ("image_size", "threshold", "frozen", "known_sha256")
+"""What a checkpoint says about itself in fields of their own."""
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def read_checkpoint(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> Checkpoint:
@@ -60,7 +87,9 @@ def read_checkpoint(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> 
     Raises:
         InputError: If there is no such file, it is damaged or unsafe, or was not written by this project.
     """
-    content = _load(Path(path))
+    path = Path(path)
+    stamp = _stamp(path) if path.is_file() else (0, 0)
+    content = _load(path)
     about = content.get("lit_matting")
     weights = content.get("state_dict")
     if not isinstance(about, Mapping) or not isinstance(weights, Mapping):
@@ -78,7 +107,7 @@ def read_checkpoint(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> 
     known = list(inspect.signature(MattingNetwork).parameters)
     network = {name: _plain(arguments[name]) for name in known if name in arguments}
     check_classes(network, trust)
-    origin = {key: _plain(value) for key, value in about.items() if key not in ("image_size", "threshold", "frozen")}
+    origin = {key: _plain(value) for key, value in about.items() if key not in _OWN_FIELDS}
     origin["step"] = content.get("global_step")
     return Checkpoint(
         network=network,
@@ -87,11 +116,15 @@ def read_checkpoint(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> 
         threshold=about.get("threshold"),
         frozen=_plain(about.get("frozen", {})),
         origin=origin,
+        known_sha256=_plain(about.get("known_sha256", [])),
+        file=(path, stamp),
     )
 
 
 def store_threshold(path: str | os.PathLike[str], threshold: float | None) -> None:
     """Write a calibrated threshold of confidence into a checkpoint, all or nothing.
+
+    The file is then another one; that a report of the old one is about the same weights is written down in it.
 
     Raises:
         InputError: As :func:`read_checkpoint`.
@@ -100,7 +133,9 @@ def store_threshold(path: str | os.PathLike[str], threshold: float | None) -> No
     content = _load(path, mapped=False)
     if not isinstance(content.get("lit_matting"), dict):
         raise InputError(f"checkpoint {str(path)!r} was not made by this project (it has no `lit_matting` entry).")
-    content["lit_matting"]["threshold"] = threshold
+    about = content["lit_matting"]
+    about["threshold"] = threshold
+    about["known_sha256"] = [*about.get("known_sha256", []), file_digest(path)]
     with whole_file(path) as temporary:
         torch.save(content, temporary)
 
@@ -210,6 +245,16 @@ def make_network(description: Mapping[str, Any], trust: Sequence[str] = ()) -> M
 def frozen_prefixes(network: MattingNetwork) -> tuple[str, ...]:
     """Return how the names of the backbone's loaded, never trained parameters begin."""
     return tuple(f"backbone.{name}." for name in network.backbone.frozen_modules())
+
+
+def trained_weights(network: MattingNetwork) -> dict[str, Tensor]:
+    """Return a network's weights on the CPU, without those of the backbone's frozen parts."""
+    frozen = frozen_prefixes(network)
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in network.state_dict().items()
+        if not (frozen and name.startswith(frozen))
+    }
 
 
 def load_weights(network: MattingNetwork, weights: Mapping[str, Tensor]) -> None:

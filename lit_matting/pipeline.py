@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 
-from lit_matting.checkpoints import Checkpoint, build_network, frozen_prefixes, read_checkpoint
+from lit_matting.checkpoints import Checkpoint, build_network, read_checkpoint, trained_weights
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.confidence import Calibration, best_threshold, confidence_of
 from lit_matting.devices import DTYPES, Precision, pick_device, pick_precision, place
 from lit_matting.networks.matting_network import MattingNetwork, enlarge
 from lit_matting.pictures import Photo, read_photo
 from lit_matting.results import MattingResult
-from lit_matting.sharing import download, model_card, read_folder, write_folder
+from lit_matting.sharing import download, model_card, origin_of, read_folder, report_summary, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -343,6 +343,23 @@ class MattingPipeline(ModelHubMixin):
 
     # --- keeping it -------------------------------------------------------------------------------
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> str | None:
+        """Write the folder that :meth:`from_pretrained` reads: weights, configuration, model card.
+
+        Args:
+            save_directory: The folder; made if missing. A model card that is there stays.
+            options: ``model_card_kwargs``, arguments of :meth:`generate_model_card`, and what the base class takes.
+
+        Raises:
+            InputError: If the pipeline cannot be saved, or the card's report is refused.
+        """
+        for_card = options.get("model_card_kwargs") or {}
+        self.generate_model_card(**for_card)  # what it refuses is refused before anything is written
+        card = Path(save_directory) / "README.md"
+        if for_card and card.exists():
+            log.warning("the model card %s was there before and stays; remove it for a new one.", card)
+        return super().save_pretrained(Path(save_directory), **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write weights and configuration; the base class adds the model card, and can push the folder to the hub."""
         if self._source is None:
@@ -356,33 +373,34 @@ class MattingPipeline(ModelHubMixin):
                 " before the first call or load with precision='fp32'.",
                 self.precision,
             )
-        frozen = frozen_prefixes(self.network)
-        weights = {
-            name: value.detach().cpu().contiguous()
-            for name, value in self.network.state_dict().items()
-            if not (frozen and name.startswith(frozen))
-        }
+        weights = trained_weights(self.network)
         write_folder(dataclasses.replace(self._source, weights=weights, threshold=self.threshold), save_directory)
 
     def generate_model_card(
-        self, license: str | None = None, results: dict[str, Any] | None = None, notes: str = "", **_: Any
+        self,
+        license: str | None = None,
+        results: dict[str, Any] | None = None,
+        notes: str = "",
+        report: str | os.PathLike[str] | None = None,
+        **_: Any,
     ) -> ModelCard:
         """Return the model card; :meth:`save_pretrained` passes its ``model_card_kwargs`` here.
 
         Args:
             license: Of the weights, as the hub spells it, for example `apache-2.0`.
-            results: What was measured and how much it was, for example by the report of a benchmark.
+            results: What was measured and how much it was.
             notes: Further text.
+            report: The `report.json` of `python -m lit_matting test` for this checkpoint: its protocol and main scores.
+
+        Raises:
+            InputError: If the report is none, or judged another checkpoint.
         """
-        origin = {} if self._source is None else self._source.origin
-        frozen = {} if self._source is None else self._source.frozen
         about = {
             "Backbone": self.network.backbone.name,
-            "Its frozen parts, not in this folder": ", ".join(f"{name} (SHA-256 {sha})" for name, sha in frozen.items())
-            or None,
-            **{key.replace("_", " ").capitalize(): value for key, value in origin.items() if key != "backbone"},
+            **origin_of(self._source),
             "Input of the network": f"{self.image_size} x {self.image_size} pixels; the matte has the image's own size",
             "Confidence threshold": "not calibrated" if self.threshold is None else f"{self.threshold:.4f}",
             "Licence of the weights": license or "not stated",
         }
-        return model_card(about, license, results or {}, notes)
+        scores = "" if report is None else report_summary(report, self._source)
+        return model_card(about, license, results or {}, notes, scores)
