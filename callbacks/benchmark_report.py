@@ -50,7 +50,8 @@ class BenchmarkReport(pl.Callback):
             null reports without one.
         split_file: The release's file that lists the split, to have its digest in the report and held against the
             protocol's.
-        boundary: Compute the gradient and connectivity errors of the final matte too.
+        boundary: Compute the gradient and connectivity errors of the final matte too; without them a run follows no
+            locked protocol.
         pictures: How many of the worst and how many of the median samples to show; 0 writes no pictures.
         picture_size: Longest side of a picture in pixels.
     """
@@ -129,7 +130,7 @@ class BenchmarkReport(pl.Callback):
             worst = [picture for _, (share, _), _ in gathered for picture in share]
             middle = [picture for _, (_, share), _ in gathered for picture in share]
             self._write_page(worst, nearest(middle, median, self.pictures), median)
-        self._write(pl_module, samples, cards, sizes, run)
+        self._write(samples, cards, self._observed(trainer, pl_module, sizes), run)
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         wall, processor = self._start
@@ -151,6 +152,28 @@ class BenchmarkReport(pl.Callback):
             run["checkpoint_sha256"] = file_digest(Path(str(checkpoint))) if known else None
         return run
 
+    def _observed(self, trainer: pl.Trainer, module: pl.LightningModule, sizes: frozenset[tuple[int, int]]) -> Observed:
+        """Return what this run did; of loaders that do not say what they hand out, nothing is known."""
+        loaders = trainer.test_dataloaders
+        sources = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+        if not all(hasattr(source, name) for source in sources for name in ("origin", "image_size", "interpolation")):
+            sources = []
+        image_size = getattr(module, "image_size", None)
+        resized = {source.interpolation for source in sources if source.image_size is not None}
+        if any(source.image_size != image_size for source in sources):
+            # these are resized a second time, for the network
+            resized.add(getattr(module, "interpolation", "not known"))
+        return Observed(
+            image_size=image_size,
+            metric_sizes=sizes,
+            source_sizes=frozenset(source.image_size or "native" for source in sources),
+            interpolations=frozenset(resized),
+            datasets=frozenset(source.origin for source in sources),
+            boundary=self.boundary,
+            errors=next(iter(_scores(module).values())).errors,
+            split_sha256=file_digest(self.split_file) if self.split_file else None,
+        )
+
     def _write_page(self, worst: list[SamplePicture], middle: list[SamplePicture], median: float) -> None:
         worst = sorted(worst, key=lambda picture: -picture.error)[: self.pictures]
         middle = sorted(middle, key=lambda picture: picture.error)
@@ -162,21 +185,18 @@ class BenchmarkReport(pl.Callback):
 
     def _write(
         self,
-        module: pl.LightningModule,
         samples: Mapping[str, list[ReferringSample]],
         cards: Mapping[str, dict[str, Any]],
-        sizes: frozenset[tuple[int, int]],
+        observed: Observed,
         run: dict[str, Any],
     ) -> None:
         final = next(iter(samples.values()))
-        split_sha256 = file_digest(self.split_file) if self.split_file else None
-        observed = Observed(getattr(module, "image_size", None), sizes, split_sha256=split_sha256)
         differences = deviations(self.protocol, final, observed) if self.protocol else []
         counts = {
             "phrases": len(final),
             "images": len({sample.key for sample in final}),
             "instances": len({(sample.key, sample.instance) for sample in final}),
-            "datasets": sorted({sample.key.split("/")[0] for sample in final}),
+            "datasets": sorted(observed.datasets) or sorted({sample.key.split("/")[0] for sample in final}),
         }
         report = {
             "statement": self._statement(counts, differences),
@@ -184,8 +204,11 @@ class BenchmarkReport(pl.Callback):
             "deviations": differences,
             "counts": counts,
             "image_size": observed.image_size,
-            "metric_sizes": sorted(sizes)[:16],
-            "split_sha256": split_sha256,
+            "metric_sizes": sorted(observed.metric_sizes)[:16],
+            "source_sizes": sorted(map(str, observed.source_sizes)),
+            "interpolations": sorted(observed.interpolations),
+            "boundary": observed.boundary,
+            "split_sha256": observed.split_sha256,
             "scores": dict(cards),
             "run": run,
             "versions": environment(),
@@ -198,12 +221,15 @@ class BenchmarkReport(pl.Callback):
         log.info("report: %s", self.folder / "report.md")
 
     def _statement(self, counts: Mapping[str, Any], differences: list[str]) -> str:
-        seen = f"{counts['phrases']} phrases for {counts['instances']} instances of {counts['images']} images"
+        seen = (
+            f"{counts['phrases']} phrases for {counts['instances']} instances of {counts['images']} images of"
+            f" {', '.join(counts['datasets'])}"
+        )
         if self.protocol is None:
-            return f"No protocol: {seen} of {', '.join(counts['datasets'])}, averaged over phrases."
+            return f"No protocol: {seen}, averaged over phrases."
         name = f"{self.protocol.name} ({self.protocol.sha256[:12]})"
         if differences:
-            return f"DEVIATES from protocol {name}: {'; '.join(differences)}."
+            return f"DEVIATES from protocol {name}: {'; '.join(differences)}. It is {seen}."
         checked = "" if self.protocol.split_sha256 else " The split's file is not pinned by the protocol."
         return f"Follows protocol {name}: {seen}.{checked}"
 

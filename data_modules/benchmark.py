@@ -13,7 +13,7 @@ from data_modules.decode import decode_sample
 from data_modules.shard_reader import RawSample, ShardIndex
 from data_modules.source import read_captions
 from data_modules.stream import received, whole_batches
-from data_modules.transforms import full_view, mattes, pictures, show, show_target
+from data_modules.transforms import INTERPOLATION, full_view, mattes, pictures, show, show_target
 from lit_matting.checks import InputError
 from lit_matting.records import MattingBatch
 
@@ -81,6 +81,9 @@ class BenchmarkLoader:
     is split in two if need be), because some collective operations wait for every process in every step.
     """
 
+    interpolation = INTERPOLATION
+    """How images and alphas get to `image_size`."""
+
     def __init__(
         self,
         name: str,
@@ -93,7 +96,11 @@ class BenchmarkLoader:
         prefetch: int = 2,
     ) -> None:
         self.name, self.source = name, source
-        size = input_size if source.image_size == "input" else source.image_size
+        self.origin = f"{index.dataset}/{index.split}".rstrip("/")
+        """What the shards call themselves, whatever `name` this run gives them."""
+        size = input_size if isinstance(source.image_size, str) else source.image_size
+        self.image_size = size
+        """Side of the square that images and alphas are resized to, in pixels; None where each keeps its own size."""
         questions = list_questions(source, index)
         if not questions:
             kinds = "" if source.phrase_kinds is None else f" of kind {', '.join(sorted(source.phrase_kinds))}"

@@ -44,6 +44,10 @@ class View:
     """(3, 4) matrix that maps (R, G, B, 1) in 8-bit units, or None for no change."""
 
 
+INTERPOLATION = "area"
+"""What :func:`resize` does, in the word that evaluation protocols have for it."""
+
+
 def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize an image or alpha: area means where it shrinks, linear where it grows.
 

@@ -22,7 +22,7 @@ from lit_matting.checks import InputError
 from lit_matting.losses import LossTerm, Objective
 from lit_matting.metrics.referring import ReferringScore
 from lit_matting.networks.heads import AlphaHead, CoarseTrimapHead, GroundingHead, TrimapHead
-from lit_matting.networks.inference import matte_at_native_size
+from lit_matting.networks.inference import INTERPOLATION, matte_at_native_size
 from lit_matting.networks.matting_network import GroundingFactory, HeadFactory, MattingNetwork, NeckFactory, enlarge
 from lit_matting.networks.neck import Neck
 from lit_matting.networks.refiner import SparseRefiner
@@ -60,6 +60,9 @@ class LitMatting(pl.LightningModule):
         teacher: Checkpoint of the network to distil from. The student starts from its weights, block by block, unless
             ``initial_weights`` says otherwise; only training reads it.
     """
+
+    interpolation = INTERPOLATION
+    """How an image that is not `image_size` pixels square is resized for the network; protocols ask for it."""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,13 +129,22 @@ def load_protocol(name: str | Path) -> Protocol:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run did, as far as it can be seen from its samples."""
+    """What a run did, as far as it can be seen; what cannot be seen is no promise kept and counts as a deviation."""
 
     image_size: int | None
-    """Side of the square the network saw, in pixels."""
+    """Side of the square the network saw, in pixels; None where it is not known."""
     metric_sizes: frozenset[tuple[int, int]]
     """(height, width) of the mattes that were scored."""
-    errors: str = "matlab"
+    source_sizes: frozenset[int | Literal["native"]] = frozenset()
+    """What the sources resized images and truths to: the side of a square, or "native". Empty where not known."""
+    interpolations: frozenset[str] = frozenset()
+    """How anything was resized, by the source or before the network. Empty where not known."""
+    datasets: frozenset[str] = frozenset()
+    """The data sets by the names in their own files, such as refmatte/test. Empty where not known."""
+    boundary: bool = False
+    """Whether the gradient and connectivity errors were computed."""
+    errors: str = "not known"
+    """The dialect of these two."""
     split_sha256: str | None = None
     """Digest of the file that lists the split, where the run was given it."""
 
@@ -142,6 +152,10 @@ class Observed:
 def deviations(protocol: Protocol, samples: Sequence[ReferringSample], observed: Observed) -> list[str]:
     """Return in words how a run deviates from a protocol; empty where it follows it."""
     found = []
+    if any(_plain(dataset) != _plain(protocol.release) for dataset in observed.datasets):
+        found.append(f"data set {' and '.join(sorted(observed.datasets))} instead of {protocol.release}")
+    elif not observed.datasets:
+        found.append(f"data set not known instead of {protocol.release}")
     images = len({sample.key for sample in samples})
     phrases = Counter((sample.key, sample.instance) for sample in samples)
     if images != protocol.images:
@@ -151,8 +165,8 @@ def deviations(protocol: Protocol, samples: Sequence[ReferringSample], observed:
     wrong = sum(count != protocol.per_instance for count in phrases.values())
     if wrong:
         found.append(f"{wrong} instances without exactly {protocol.per_instance} expressions")
-    if observed.image_size not in (None, protocol.input_size):
-        found.append(f"input size {observed.image_size} instead of {protocol.input_size}")
+    if observed.image_size != protocol.input_size:
+        found.append(f"input size {observed.image_size or 'not known'} instead of {protocol.input_size}")
     if isinstance(protocol.metric_size, int):
         others = observed.metric_sizes - {(protocol.metric_size, protocol.metric_size)}
         if others:
@@ -161,11 +175,24 @@ def deviations(protocol: Protocol, samples: Sequence[ReferringSample], observed:
             found.append(
                 f"errors at {height} x {width}{more} instead of {protocol.metric_size} x {protocol.metric_size}"
             )
-    elif observed.image_size and observed.metric_sizes == {(observed.image_size, observed.image_size)}:
-        found.append(f"errors at {observed.image_size} x {observed.image_size} instead of each image's own size")
+    elif observed.source_sizes != {"native"}:
+        sides = sorted(side for side in observed.source_sizes if isinstance(side, int))
+        seen = " and ".join(f"{side} x {side}" for side in sides) if sides else "a size not known"
+        found.append(f"errors at {seen} instead of each image's own size")
+    others = observed.interpolations - {protocol.interpolation}
+    if others or not observed.interpolations:
+        seen = " and ".join(sorted(others)) or "not known"
+        found.append(f"interpolation {seen} instead of {protocol.interpolation}")
+    if not observed.boundary and not {"grad", "conn"}.isdisjoint(protocol.units):
+        found.append("no gradient and connectivity errors")
     if observed.errors != protocol.errors:
         found.append(f"errors by the {observed.errors} dialect instead of {protocol.errors}")
     if protocol.split_sha256 and observed.split_sha256 != protocol.split_sha256:
         seen = observed.split_sha256[:12] if observed.split_sha256 else "not given"
         found.append(f"split file {seen} instead of {protocol.split_sha256[:12]}")
     return found
+
+
+def _plain(name: str) -> str:
+    """Return a name without case and punctuation: shards say refmatte/rw100 where the release says RefMatte_RW_100."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())

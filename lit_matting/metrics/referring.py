@@ -128,6 +128,8 @@ class ReferringScore(Metric):
     full_state_update = False
     values: list[Tensor]
     texts: list[Tensor]
+    errors: functional.Dialect = "matlab"
+    """The dialect of the gradient and connectivity errors; protocols ask for it."""
 
     def __init__(self, boundary: bool = False, baselines: bool = True, average: Average = "phrase") -> None:
         # the records are ragged and hold text, so they are gathered as objects in `gather`, not state by state
@@ -232,7 +234,11 @@ class ReferringScore(Metric):
         }
         for name in ("grad", "conn"):
             error: Callable[..., float] = getattr(functional, name)
-            scores = [error(one, target) for one in mattes] if self.boundary else [math.nan] * len(mattes)
+            scores = (
+                [error(one, target, dialect=self.errors) for one in mattes]
+                if self.boundary
+                else [math.nan] * len(mattes)
+            )
             columns[name] = torch.tensor(scores, dtype=torch.float64, device=mattes.device)
         found = is_found(overlaps, index).double()
         strict = (overlaps[:, index] > STRICT_OVERLAP).double()

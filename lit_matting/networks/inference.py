@@ -11,6 +11,9 @@ from torch import Tensor
 from lit_matting.networks.matting_network import MattingNetwork
 from lit_matting.records import MattingOutput
 
+INTERPOLATION = "antialiased bilinear"
+"""How a photograph of another size gets to the square that the network sees."""
+
 
 def matte_at_native_size(
     network: MattingNetwork, image: Tensor, phrases: Sequence[str], image_size: int

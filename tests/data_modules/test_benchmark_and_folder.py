@@ -85,6 +85,16 @@ def test_own_size_is_kept_and_phrases_of_one_image_share_a_batch(tmp_path: Path)
     assert [tuple(batch.target.shape) for batch in small] == [(8, 1, 16, 16)]
 
 
+def test_loaders_say_what_their_shards_are_and_how_they_resize(pictures: Pictures) -> None:
+    (loader,) = _loaders(pictures("v", 1))
+    assert (loader.name, loader.origin, loader.image_size, loader.interpolation) == ("v", "v/v", 24, "area")
+    assert _loaders(pictures("w", 1), image_size=None)[0].image_size is None
+    # area means: every pixel of the half size is the mean of four
+    (half,) = _loaders(pictures("x", 1), image_size=12)
+    whole, small = next(iter(loader)).target[0, 0], next(iter(half)).target[0, 0]
+    assert torch.allclose(small, whole.view(12, 2, 12, 2).mean((1, 3)), atol=0.51 / 255)
+
+
 def test_choices_are_limited_always_in_the_same_way(pictures: Pictures) -> None:
     path = pictures("v", 20)
     some = _seen(_loaders(path, max_phrases=10))

@@ -82,11 +82,16 @@ def as_is(items: list[MattingBatch]) -> MattingBatch:
 
 
 class Shares(pl.LightningDataModule):
-    """Hands each process its share of the images, none twice."""
+    """Hands each process its share of the images, none twice.
 
-    def __init__(self, images: int) -> None:
+    Args:
+        images: How many.
+        told: What the loader says of itself, as that of a BenchmarkSource does.
+    """
+
+    def __init__(self, images: int, told: dict[str, object] | None = None) -> None:
         super().__init__()
-        self.images = images
+        self.images, self.told = images, told or {}
 
     def test_dataloader(self) -> DataLoader:
         """Return this process's loader."""
@@ -94,12 +99,15 @@ class Shares(pl.LightningDataModule):
         sampler = DistributedSampler(
             Phrases(self.images), world, self.trainer.global_rank, shuffle=False, drop_last=True
         )
-        return DataLoader(Phrases(self.images), batch_size=1, collate_fn=as_is, sampler=sampler)
+        loader = DataLoader(Phrases(self.images), batch_size=1, collate_fn=as_is, sampler=sampler)
+        for name, value in self.told.items():
+            setattr(loader, name, value)
+        return loader
 
 
-def run(folder: Path, images: int, devices: int = 1, checkpoint: str | None = None, **options: object) -> pl.Trainer:
-    """Test the stand-in and return the trainer."""
-    trainer = pl.Trainer(
+def trainer(folder: Path, devices: int = 1, **options: object) -> pl.Trainer:
+    """Return a trainer that writes a report with the callback's options."""
+    return pl.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
@@ -110,8 +118,20 @@ def run(folder: Path, images: int, devices: int = 1, checkpoint: str | None = No
         use_distributed_sampler=False,
         callbacks=[BenchmarkReport(str(folder), **options)],
     )
-    trainer.test(StandIn(), Shares(images), ckpt_path=checkpoint, verbose=False)
-    return trainer
+
+
+def run(
+    folder: Path,
+    images: int,
+    devices: int = 1,
+    checkpoint: str | None = None,
+    told: dict[str, object] | None = None,
+    **options: object,
+) -> pl.Trainer:
+    """Test the stand-in and return the trainer."""
+    tester = trainer(folder, devices, **options)
+    tester.test(StandIn(), Shares(images, told), ckpt_path=checkpoint, verbose=False)
+    return tester
 
 
 if __name__ == "__main__":

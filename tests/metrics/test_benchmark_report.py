@@ -19,6 +19,8 @@ from PIL import Image
 
 from callbacks.benchmark_report import BenchmarkReport
 from callbacks.sample_pictures import SamplePictures
+from data_modules import BenchmarkSource, InterleavedDataModule
+from data_modules.shards import InstanceEntry, ShardWriter
 from lit_matting.checks import InputError
 from lit_matting.metrics.protocol import FOLDER
 from lit_matting.metrics.report import figure, file_digest, markdown_table, to_json
@@ -41,6 +43,22 @@ def report_folder(tmp_path_factory) -> Path:
 
 def read(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
+
+
+TOLD = {"origin": "squares/test", "image_size": 48, "interpolation": "area"}
+"""What a loader says that follows the protocol of the squares."""
+
+
+def squares_protocol(folder: Path, metric_size: int | str = 48, sha256: str | None = None) -> str:
+    """Write a protocol that three images of squares can follow."""
+    content = yaml.safe_load((FOLDER / "refmatte-test.yaml").read_text())
+    content["name"] = "squares"
+    content["split"] |= {"release": "Squares_Test", "images": 3, "instances": 6, "sha256": sha256}
+    content["expressions"]["per_instance"] = 2
+    content["input_size"], content["metric_size"] = 48, metric_size
+    path = folder / "squares.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
 
 
 def test_the_report_holds_the_scores_and_how_they_were_made(report_folder) -> None:
@@ -107,18 +125,70 @@ def test_a_run_that_deviates_says_so_in_its_first_line(tmp_path) -> None:
 def test_a_run_that_follows_a_protocol_says_so(tmp_path) -> None:
     split = tmp_path / "labels.json"
     split.write_text("{}")
-    content = yaml.safe_load((FOLDER / "refmatte-test.yaml").read_text())
-    content["name"] = "squares"
-    content["split"] |= {"images": 3, "instances": 6, "sha256": file_digest(split)}
-    content["expressions"]["per_instance"] = 2
-    content["input_size"] = content["metric_size"] = 48
-    path = tmp_path / "squares.yaml"
-    path.write_text(yaml.safe_dump(content))
-    worker.run(tmp_path / "a", images=3, protocol=str(path), split_file=str(split))
+    path = squares_protocol(tmp_path, sha256=file_digest(split))
+    worker.run(tmp_path / "a", images=3, protocol=path, split_file=str(split), told=TOLD)
     first = (tmp_path / "a" / "report.md").read_text().splitlines()[0]
     assert first.startswith("Follows protocol squares (")
-    worker.run(tmp_path / "b", images=3, protocol=str(path))
+    assert first.endswith("12 phrases for 6 instances of 3 images of squares/test.")
+    worker.run(tmp_path / "b", images=3, protocol=path, told=TOLD)
     assert "split file not given" in (tmp_path / "b" / "report.md").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "words"),
+    [
+        ({"origin": "anything/test"}, {}, ["data set anything/test instead of Squares_Test"]),
+        ({"interpolation": "nearest"}, {}, ["interpolation nearest instead of area"]),
+        # the stand-in does not say how it shrinks for itself what comes at another size
+        ({"image_size": 64}, {}, ["interpolation not known instead of area"]),
+        ({}, {"boundary": False}, ["no gradient and connectivity errors"]),
+        (None, {}, ["data set not known instead of Squares_Test", "interpolation not known instead of area"]),
+    ],
+)
+def test_what_the_source_says_of_itself_is_held_against_the_protocol(tmp_path, told, options, words) -> None:
+    told = None if told is None else {**TOLD, **told}
+    worker.run(tmp_path, images=3, protocol=squares_protocol(tmp_path), told=told, pictures=0, **options)
+    assert read(tmp_path)["deviations"] == words
+    first = (tmp_path / "report.md").read_text().splitlines()[0]
+    assert first.startswith(
+        f"DEVIATES from protocol squares ({first.split('(')[1][:12]}): {'; '.join(words)}. It is 12"
+    )
+    assert f"images of {told['origin'] if told else 'squares'}." in first
+
+
+def test_our_own_loaders_are_seen_in_a_run(tmp_path) -> None:
+    """Truths of 64 pixels, resized to 48 or not, from shards that name another data set than the config does."""
+    with ShardWriter(tmp_path / "shards", prefix="t", dataset="squares", split="test", tool="test 1") as writer:
+        for image in range(3):
+            alphas = (worker.instances_of(image, 64).numpy() * 255).astype(np.uint8)
+            phrases = [("red one", "colour"), ("left one", "position")]
+            entries = [InstanceEntry(str(k), alpha, "alpha", phrases) for k, alpha in enumerate(alphas)]
+            writer.write(str(image), image=np.zeros((64, 64, 3), np.uint8), image_ext="png", instances=entries)
+    path = squares_protocol(tmp_path)
+    found = {}
+    for size in ("input", None):
+        source = BenchmarkSource(str(tmp_path / "shards"), image_size=size)
+        data = InterleavedDataModule(image_size=48, train={}, test={"any_name": source})
+        worker.trainer(tmp_path, protocol=path, pictures=0).test(worker.StandIn(), data, verbose=False)
+        found[size] = read(tmp_path)
+    assert found["input"]["deviations"] == []
+    assert found["input"]["statement"].endswith(
+        "3 images of squares/test. The split's file is not pinned by the protocol."
+    )
+    assert found[None]["deviations"] == [
+        "errors at 64 x 64 instead of 48 x 48",
+        "interpolation not known instead of area",
+    ]
+
+
+def test_errors_at_each_images_own_size_are_what_the_source_hands_out(tmp_path) -> None:
+    path = squares_protocol(tmp_path, metric_size="native")
+    for name, size, words in (
+        ("native", None, ["interpolation not known instead of area"]),
+        ("resized", 48, ["errors at 48 x 48 instead of each image's own size"]),
+    ):
+        worker.run(tmp_path / name, images=3, protocol=path, told={**TOLD, "image_size": size}, pictures=0)
+        assert read(tmp_path / name)["deviations"] == words
 
 
 def test_the_checkpoint_is_hashed(tmp_path) -> None:
@@ -139,15 +209,7 @@ def test_headline_numbers_are_logged(tmp_path) -> None:
 
 def test_a_second_test_starts_from_nothing(tmp_path) -> None:
     module, data = worker.StandIn(), worker.Shares(2)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[BenchmarkReport(str(tmp_path))],
-    )
+    trainer = worker.trainer(tmp_path)
     for _ in range(2):
         trainer.test(module, data, verbose=False)
     assert read(tmp_path)["counts"]["phrases"] == 8

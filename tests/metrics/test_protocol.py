@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
 
 from lit_matting.checks import InputError
-from lit_matting.metrics import protocol as protocols
 from lit_matting.metrics.protocol import FOLDER, LOCKED, Observed, deviations, digest, load_protocol
 from lit_matting.metrics.score_card import ReferringSample
 
@@ -21,6 +22,25 @@ def samples(images: int, instances: int, phrases: int) -> list[ReferringSample]:
         for instance in range(instances)
         for phrase in range(phrases)
     ]
+
+
+def right_counts() -> list[ReferringSample]:
+    """Return the samples of RefMatte-RW100: 221 instances of 100 images, four phrases each."""
+    return samples(79, 2, 4) + [replace(sample, key=f"more/{sample.key}") for sample in samples(21, 3, 4)]
+
+
+def following(**other: object) -> Observed:
+    """Return what a run of RefMatte-RW100 at 512 x 512 is seen to do, with a few things changed."""
+    seen = {
+        "image_size": 512,
+        "metric_sizes": frozenset({(512, 512)}),
+        "source_sizes": frozenset({512}),
+        "interpolations": frozenset({"area"}),
+        "datasets": frozenset({"refmatte/rw100"}),
+        "boundary": True,
+        "errors": "matlab",
+    }
+    return Observed(**{**seen, **other})
 
 
 def test_every_locked_protocol_is_there_and_unchanged() -> None:
@@ -54,25 +74,43 @@ def test_a_changed_protocol_under_a_locked_name_is_refused(tmp_path) -> None:
     assert load_protocol(path).input_size == 1024
 
 
-def test_a_run_that_follows_deviates_in_nothing(monkeypatch) -> None:
-    protocol = load_protocol("refmatte-rw100")
-    monkeypatch.setattr(protocols, "LOCKED", LOCKED)
-    taken = samples(79, 2, 4) + [
-        ReferringSample(f"extra/{image}", f"phrase {phrase}", "basic", "", instance, 3, 0.1, np.zeros((1, 16)))
-        for image in range(21)
-        for instance in range(3)
-        for phrase in range(4)
-    ]
-    observed = Observed(512, frozenset({(512, 512)}))
+def test_a_run_that_follows_deviates_in_nothing() -> None:
+    protocol, taken = load_protocol("refmatte-rw100"), right_counts()
+    observed = following()
     assert deviations(protocol, taken, observed) == []
-    assert deviations(load_protocol("refmatte-rw100-native"), taken, observed) == [
-        "errors at 512 x 512 instead of each image's own size"
-    ]
+    native = load_protocol("refmatte-rw100-native")
+    assert deviations(native, taken, observed) == ["errors at 512 x 512 instead of each image's own size"]
+    own = following(source_sizes=frozenset({"native"}), metric_sizes=frozenset({(600, 400), (512, 512)}))
+    assert deviations(native, taken, own) == []
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ({"source_sizes": frozenset({1024}), "metric_sizes": frozenset({(1024, 1024)})}, "errors at 1024 x 1024"),
+        ({"source_sizes": frozenset()}, "errors at a size not known"),
+        ({"datasets": frozenset({"anything"})}, "data set anything instead of RefMatte_RW_100"),
+        ({"datasets": frozenset({"refmatte/rw100", "p3m10k/test"})}, "data set p3m10k/test and refmatte/rw100 instead"),
+        ({"datasets": frozenset()}, "data set not known"),
+        ({"image_size": None}, "input size not known instead of 512"),
+        ({"interpolations": frozenset({"area", "nearest"})}, "interpolation nearest instead of area"),
+        ({"interpolations": frozenset()}, "interpolation not known"),
+        ({"boundary": False}, "no gradient and connectivity errors"),
+        ({"errors": "p3m"}, "errors by the p3m dialect instead of matlab"),
+    ],
+)
+def test_right_counts_alone_do_not_follow_a_protocol(seen, words) -> None:
+    protocol = load_protocol("refmatte-rw100-native")
+    own = {"source_sizes": frozenset({"native"}), "metric_sizes": frozenset({(600, 400)})}
+    (found,) = deviations(protocol, right_counts(), following(**{**own, **seen}))
+    assert found.startswith(words)
 
 
 def test_deviations_are_told_in_words() -> None:
     found = deviations(
-        load_protocol("refmatte-rw100"), samples(100, 2, 3), Observed(768, frozenset({(768, 768), (4, 6)}))
+        load_protocol("refmatte-rw100"),
+        samples(100, 2, 3),
+        following(image_size=768, metric_sizes=frozenset({(768, 768), (4, 6)})),
     )
     assert found == [
         "200 of 221 instances",
