@@ -185,8 +185,9 @@ class MattingOutput(_TensorRecord):
     """The refiner's alpha at each of its scales, coarse to fine, each (B, 1, H_s, W_s) in [0, 1]."""
     active: tuple[Tensor, ...] = ()
     """The refiner's active pixels at each of its scales, each (B, H_s, W_s) bool."""
-    refined: Tensor | None = None
-    """(B,) bool: the rows that the refiner worked on; None: all of them. In training it may leave some out."""
+    refined: tuple[Tensor, ...] = ()
+    """The rows that the refiner worked on at each of its scales, each (B,) bool; empty: all of them everywhere. In
+    training it may leave some out, and crops of small photographs have no half scale."""
     attention: dict[str, Tensor] = field(default_factory=dict)
     """Cross-attention by layer name, each (B, h_l, w_l), averaged over heads and over the phrase's own words."""
     features: Tensor | None = None

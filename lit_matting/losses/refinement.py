@@ -53,7 +53,8 @@ class Refinement(LossTerm):
                 f" {len(self.scale_weights)} for {len(output.alphas)} scales."
             )
         scale_weights = self.scale_weights[len(self.scale_weights) - len(output.alphas) :]
-        for scale_weight, alpha, active in zip(scale_weights, output.alphas, output.active):
+        rows = output.refined or (targets.has_alpha.new_ones(targets.has_alpha.shape),) * len(output.alphas)
+        for scale_weight, alpha, active, worked in zip(scale_weights, output.alphas, output.active, rows):
             size = alpha.shape[-2:]
             truth, band = targets.alpha, targets.unknown
             if truth.shape[-2:] != size:
@@ -67,11 +68,12 @@ class Refinement(LossTerm):
                 distance = distance + self.laplacian * laplacian_sum(difference, self.levels)
             if self.gradient:
                 distance = distance + self.gradient * gradient_sum(difference)
-            total = total + scale_weight * distance / area
+            # a crop of a small photograph has no half scale, whatever the others of its batch have
+            total = total + (scale_weight * distance / area).masked_fill(~worked, 0.0)
         return total
 
     def applies(self, targets: MattingTargets) -> Tensor:
         return targets.has_alpha
 
     def computed(self, output: MattingOutput) -> Tensor | None:
-        return output.refined
+        return output.refined[-1] if output.refined else None  # what is worked on at all is so at full scale

@@ -117,7 +117,7 @@ class MattingNetwork(nn.Module):
             grounding=grounding,
             alphas=() if refined is None else refined.alphas,
             active=() if refined is None else refined.active,
-            refined=None if refined is None else refined.worked,
+            refined=() if refined is None else refined.worked,
             attention=attention,
             features=features,
             pyramid=seen.features,

@@ -43,8 +43,8 @@ class Refined:
     """The alpha at each scale that ran, coarse to fine."""
     active: tuple[Tensor, ...]
     """The active pixels of each of them, (B, H_s, W_s) bool."""
-    worked: Tensor | None = None
-    """(B,) bool: the rows it worked on; None: all. The others hold the enlarged alpha."""
+    worked: tuple[Tensor, ...] = ()
+    """The rows it worked on at each of them, (B,) bool; empty: all. The others hold the enlarged alpha there."""
 
 
 class SparseRefiner(nn.Module):
@@ -130,27 +130,57 @@ class SparseRefiner(nn.Module):
             return self._refine(image.float(), alpha.float(), trimap.float(), features.float(), box)
 
     def _refine(self, image: Tensor, alpha: Tensor, trimap: Tensor, features: Tensor, box: Tensor | None) -> Refined:
-        height, width = image.shape[-2:]
-        long_edge = max(height, width)
+        chosen = None
+        if self.training and self.train_images is not None:
+            chosen = torch.arange(len(image), device=image.device) < self.train_images
+        long_edges = [max(image.shape[-2:])]
         if box is not None:
             # a crop is refined as the photograph it was taken from will be: same scales, same kernel
-            long_edge = round((image.new_tensor([height, width]) / box[:, 2:].float()).amax().item())
+            photographs = image.new_tensor(image.shape[-2:]) / box[:, 2:].float()
+            long_edges = [round(edge) for edge in photographs.amax(1).tolist()]
+        alike: dict[tuple[tuple[float, int], ...], list[int]] = {}
+        for row, long_edge in enumerate(long_edges):
+            alike.setdefault(self._plan(long_edge), []).append(row)
+        if len(alike) == 1:
+            return self._refine_alike(image, alpha, trimap, features, box, long_edges[0], chosen)
+        parts = []
+        for rows in alike.values():
+            given = (item[rows] for item in (image, alpha, trimap, features, box))
+            some = None if chosen is None else chosen[rows]
+            parts.append((rows, self._refine_alike(*given, long_edges[rows[0]], some)))
+        return _together(parts, alpha, box)
+
+    def _plan(self, long_edge: int) -> tuple[tuple[float, int], ...]:
+        """Return at what share of its size an image is refined, coarse to fine, and the kernel's size at each."""
         capped = min(1.0, (self.max_long_edge or long_edge) / long_edge)
-        shares = [capped]
-        if self.half_scale_above is not None and long_edge * capped > self.half_scale_above:
-            shares.insert(0, capped / 2)
+        halved = self.half_scale_above is not None and long_edge * capped > self.half_scale_above
+        shares = (capped / 2, capped) if halved else (capped,)
+        return tuple((share, self._kernel(max(1, round(long_edge * share)))) for share in shares)
+
+    def _refine_alike(
+        self,
+        image: Tensor,
+        alpha: Tensor,
+        trimap: Tensor,
+        features: Tensor,
+        box: Tensor | None,
+        long_edge: int,
+        chosen: Tensor | None,
+    ) -> Refined:
+        """Refine images, or crops of photographs, of one plan: that of ``long_edge``; of the rows those ``chosen``."""
+        height, width = image.shape[-2:]
+        plan = self._plan(long_edge)
         alphas, actives = [], []
         current = alpha
         place = box
         unused = dict(self.scales)
-        for share in shares:
-            name = "half_scale" if share < capped else "full_scale"
-            unused.pop(name)
+        for name, (share, _) in zip(("half_scale", "full_scale")[-len(plan) :], plan):
+            unet = unused.pop(name)
             size = (max(1, round(height * share)), max(1, round(width * share)))
             scaled = image if size == (height, width) else F.interpolate(image, size=size, mode="area")
             whole = max(1, round(long_edge * share))
             enlarged = resample(current, size, place)
-            current, active = self._scale(self.scales[name], scaled, enlarged, trimap, features, box, whole)
+            current, active = self._scale(unet, scaled, enlarged, trimap, features, box, whole, chosen)
             place = None  # from here on the alpha covers the image itself
             alphas.append(current)
             actives.append(active)
@@ -159,9 +189,7 @@ class SparseRefiner(nn.Module):
             # every parameter takes part in every step, else distributed training waits for its gradient
             for module in unused.values():
                 result = result + 0.0 * sum(parameter.sum() for parameter in module.parameters())
-        worked = None
-        if self.training and self.train_images is not None:
-            worked = torch.arange(len(image), device=image.device) < self.train_images
+        worked = () if chosen is None else (chosen,) * len(plan)
         return Refined(result, tuple(alphas), tuple(actives), worked)
 
     def _scale(
@@ -173,10 +201,11 @@ class SparseRefiner(nn.Module):
         features: Tensor,
         box: Tensor | None,
         long_edge: int,
+        chosen: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         mask = self._mask(alpha, trimap, box, long_edge)
-        if self.training and self.train_images is not None:
-            mask[self.train_images :] = False
+        if chosen is not None:
+            mask &= chosen[:, None, None]
         if not torch.is_grad_enabled():
             halo = max(*unet.halo(), FEATHER)
             tiles, rest = full_tiles(mask, self.dense_above, halo)
@@ -312,6 +341,33 @@ class SparseRefiner(nn.Module):
     def _kernel(self, long_edge: int) -> int:
         # beyond the reference size the enlarged maps' own blur grows with the image; the kernel need not
         return scaled_kernel(min(REFERENCE_SIZE, long_edge), self.kernel_size)
+
+
+def _together(parts: list[tuple[list[int], Refined]], alpha: Tensor, box: Tensor) -> Refined:
+    """Return the rows of several plans as one batch, (rows, what became of them) each, in the batch's own order.
+
+    Where a row has no half scale it holds ``alpha`` enlarged, and is not among those worked on there. Rows that a cap
+    on the long edge gives different sizes are enlarged to the largest.
+    """
+    order = torch.tensor([row for rows, _ in parts for row in rows], device=alpha.device).argsort()
+    alphas, actives, worked = [], [], []
+    for scale in range(-max(len(part.alphas) for _, part in parts), 0):
+        found = [part.alphas[scale].shape[-2:] for _, part in parts if len(part.alphas) >= -scale]
+        size = (max(height for height, _ in found), max(width for _, width in found))
+        batch: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows, part in parts:
+            here = torch.zeros(len(rows), dtype=torch.bool, device=alpha.device)
+            if len(part.alphas) < -scale:
+                batch.append((resample(alpha[rows], size, box[rows]), here.new_zeros(len(rows), *size), here))
+                continue
+            map_, active = part.alphas[scale], part.active[scale]
+            if map_.shape[-2:] != size:
+                map_, active = resample(map_, size), F.interpolate(active[:, None].float(), size)[:, 0] > 0
+            batch.append((map_, active, part.worked[scale] if part.worked else ~here))
+        for items, these in zip((alphas, actives, worked), zip(*batch)):
+            items.append(torch.cat(these)[order])
+    result = torch.cat([part.alpha for _, part in parts])[order]
+    return Refined(result, tuple(alphas), tuple(actives), tuple(worked))
 
 
 def feather(mask: Tensor) -> Tensor:

@@ -113,7 +113,9 @@ def test_moving_reaches_every_tensor_however_nested_and_leaves_the_rest() -> Non
 
 def test_detached_output_has_no_graph_in_any_field() -> None:
     leaf = torch.rand(1, 1, 2, 2, requires_grad=True)
-    output = MattingOutput(leaf * 2, leaf, leaf * 3, None, leaf, (leaf * 1,), (leaf > 0,), {"layer": leaf * 4})
+    output = MattingOutput(
+        leaf * 2, leaf, leaf * 3, None, leaf, (leaf * 1,), (leaf > 0,), attention={"layer": leaf * 4}
+    )
     detached = output.detach()
     fields = (detached.alpha, detached.trimap, detached.alphas[0], detached.attention["layer"])
     assert not any(item.requires_grad for item in fields)

@@ -251,8 +251,19 @@ def test_refinement_averages_over_the_rows_that_were_refined(whole_case: WholeCa
     output, targets = whole_case(batch=4)
     refined = torch.tensor([True, True, True, False])
     targets = dataclasses.replace(targets, has_alpha=torch.tensor([True, False, True, True]))
-    value = Refinement()(dataclasses.replace(output, refined=refined), targets)
+    value = Refinement()(dataclasses.replace(output, refined=(refined, refined)), targets)
     each = Refinement().per_image(output, targets)
     torch.testing.assert_close(value, (each[0] + each[2]) / 2)
     value.backward()
     assert output.alphas[1].grad.flatten(1).any(1).tolist() == [True, False, True, False]
+
+
+def test_refinement_leaves_a_scale_out_for_rows_that_do_not_have_it(whole_case: WholeCase) -> None:
+    output, targets = whole_case(batch=2)
+    rows = (torch.tensor([True, False]), torch.tensor([True, True]))
+    value = Refinement().per_image(dataclasses.replace(output, refined=rows), targets)
+    full_only = dataclasses.replace(output, alphas=output.alphas[1:], active=output.active[1:])
+    expected = torch.stack([Refinement().per_image(output, targets)[0], Refinement().per_image(full_only, targets)[1]])
+    torch.testing.assert_close(value, expected)
+    value.sum().backward()
+    assert output.alphas[0].grad.flatten(1).any(1).tolist() == [True, False]

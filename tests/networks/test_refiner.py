@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_matting.checks import InputError
+from lit_matting.losses import Refinement
 from lit_matting.networks.matting_network import enlarge
-from lit_matting.networks.refiner import SparseRefiner, feather
+from lit_matting.networks.refiner import Refined, SparseRefiner, feather
 from lit_matting.networks.sampling import pixel_places, resample, sample_rows
+from lit_matting.records import MattingOutput
 from lit_matting.sparse import ActiveSet, gather
+from lit_matting.targets import targets_for
 
 MakeRefiner = Callable[..., SparseRefiner]
 Disc = Callable[..., Tensor]
@@ -246,6 +249,87 @@ def test_refining_a_crop_equals_cropping_the_refined_image(
         assert torch.equal(got_active[inner, inner], wanted_active[inner, inner])
 
 
+def crops_of(edges: list[int], side: int = 64) -> Tensor:
+    """Boxes (B, 4) of square crops of ``side`` pixels, of square photographs whose long edges are given."""
+    return torch.tensor([[0.3, 0.25, side / edge, side / edge] for edge in edges])
+
+
+@pytest.mark.parametrize("train_images", [None, 3])
+@pytest.mark.parametrize("options", [{"half_scale_above": 150}, {"half_scale_above": None, "kernel_size": 45}])
+def test_crops_of_small_and_large_photographs_in_one_batch_are_refined_as_each_alone(
+    make_refiner: MakeRefiner, disc: Disc, options: dict[str, int | None], train_images: int | None
+) -> None:
+    edges = [90, 200, 128, 400]
+    refiner = make_refiner(**options).train()
+    image, (alpha, trimap, features) = torch.rand(4, 3, 64, 64), maps(disc, batch=3)
+    alpha, trimap, features = (torch.cat([item, item[:1].flip(-1)]) for item in (alpha, trimap, features))
+    inputs = (image, alpha, trimap, features.requires_grad_(), crops_of(edges))
+    truth = torch.rand(4, 1, 64, 64)
+    flags = torch.ones(4, dtype=torch.bool)
+
+    def learn(rows: slice, count: int | None) -> tuple[Refined, Tensor, list[Tensor]]:
+        refiner.train_images = count
+        refined = refiner(*(item[rows] for item in inputs))
+        output = MattingOutput(*([None] * 5), alphas=refined.alphas, active=refined.active, refined=refined.worked)
+        targets = targets_for(truth[rows], flags[rows], (8, 8), (4, 4))
+        loss = Refinement()(output, targets)
+        (loss + 0.0 * refined.alpha.sum()).backward()
+        leaves = [features, *refiner.parameters()]
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return refined, loss, gradients
+
+    count = train_images or 4
+    together, loss, gradients = learn(slice(None), train_images)
+    alone = [learn(slice(row, row + 1), None) for row in range(count)]
+    scales = [1, 2, 1, 2] if options["half_scale_above"] else [1, 1, 1, 1]
+    assert len(together.alphas) == max(scales)
+    for row, (refined, _, _) in enumerate(alone):
+        torch.testing.assert_close(together.alpha[row], refined.alpha[0], rtol=0, atol=1e-5)
+        assert len(refined.alphas) == scales[row]
+        for scale in range(-scales[row], 0):
+            torch.testing.assert_close(together.alphas[scale][row], refined.alphas[scale][0], rtol=0, atol=1e-5)
+            assert torch.equal(together.active[scale][row], refined.active[scale][0])
+    worked = [[row < count and scales[row] >= -scale for row in range(4)] for scale in range(-max(scales), 0)]
+    assert [rows.tolist() for rows in together.worked] == worked
+    assert [active.flatten(1).any(1).tolist() for active in together.active] == worked
+    torch.testing.assert_close(loss, torch.stack([item[1] for item in alone]).mean())
+    for index, gradient in enumerate(gradients):
+        torch.testing.assert_close(gradient, torch.stack([item[2][index] for item in alone]).mean(0))
+        assert gradient.any()
+
+
+def test_crops_that_are_refined_alike_are_refined_in_one_go(
+    make_refiner: MakeRefiner, disc: Disc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # equal boxes, and unequal ones that lead to the same scales and kernels: one pass over the whole batch
+    refiner, seen = make_refiner(half_scale_above=1024), []
+    monkeypatch.setattr(
+        refiner, "_scale", lambda unet, image, alpha, *rest: seen.append(len(image)) or (alpha, alpha[:, 0] > 2)
+    )
+    for edges, passes in (([700] * 3, [3]), ([700, 900, 1024], [3]), ([2000, 1500, 1100], [3, 3])):
+        refiner(torch.rand(3, 3, 64, 64), *maps(disc, batch=3), crops_of(edges))
+        assert seen == passes
+        seen.clear()
+    refiner(torch.rand(3, 3, 64, 64), *maps(disc, batch=3), crops_of([2000, 700, 1100]))
+    assert seen == [2, 2, 1]
+
+
+def test_crops_that_a_cap_shrinks_differently_are_put_together_at_the_largest_size(
+    make_refiner: MakeRefiner, disc: Disc
+) -> None:
+    refiner = make_refiner(half_scale_above=None, max_long_edge=100)
+    inputs = (torch.rand(2, 3, 64, 64), *maps(disc, batch=2), crops_of([200, 128]))
+    refined = refiner(*inputs)
+    assert refined.alphas[0].shape == (2, 1, 50, 50)
+    assert refined.active[0].shape == (2, 50, 50)
+    for row in range(2):
+        alone = refiner(*(item[row : row + 1] for item in inputs))
+        torch.testing.assert_close(refined.alpha[row], alone.alpha[0], rtol=0, atol=1e-5)
+        assert alone.alphas[0].shape[-1] == (32, 50)[row]
+
+
 def test_resampling_a_box_equals_resampling_all_and_cropping() -> None:
     source = torch.randn(2, 3, 8, 8)
     enlarged = resample(source, (64, 64))
@@ -349,8 +433,8 @@ def test_in_training_only_the_first_images_are_refined_if_asked(make_refiner: Ma
     assert torch.allclose(some.alpha[:2], everything.alpha[:2], atol=1e-5)
     assert torch.equal(some.alpha[2:], enlarge(inputs[1], (64, 64))[2:])
     assert everything.active[0].flatten(1).any(1).all()
-    assert everything.worked is None
-    assert some.worked.tolist() == [True, True, False]
+    assert everything.worked == ()
+    assert [rows.tolist() for rows in some.worked] == [[True, True, False]]
 
 
 @pytest.mark.parametrize("bad", [0, -1])
