@@ -147,7 +147,15 @@ class InterleavedDataModule(LightningDataModule):
                 self.augment,
                 self.detail_size,
                 self.on_bad_sample == "skip",
+                self.remote.read,
             )
+            if self._readers[name].lacks_phrases():
+                logger.warning(
+                    "Data set '%s' has no phrases of its own, so every one will be a template, not %.0f %%: caption it"
+                    " (tools/caption.py) and name the file in its `captions`, or set `template_probability` to 1.",
+                    name,
+                    100 * source.policy.template_probability,
+                )
         idle = sorted(set(self.train) - set(schedule.datasets))
         if idle:
             logger.warning("Never drawn, because `data.schedule` does not name them: %s.", ", ".join(idle))

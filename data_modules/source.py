@@ -19,11 +19,13 @@ from data_modules.decode import decode_rgb, decode_sample
 from data_modules.draws import Draws
 from data_modules.phrases import Choice, PhrasePolicy, TextRules
 from data_modules.shard_format import Phrase
+from data_modules.shard_location import is_url
 from data_modules.shard_reader import SampleError, ShardIndex
 from data_modules.transforms import Augmentation, Box, View, detail_box, full_view, recompose, show, show_target
 from lit_matting.checks import InputError, check_prompt
 
 _MAX_ATTEMPTS = 50
+_LOOKED_AT = 100
 _LOCAL_MIX, _REMOTE_MIX = 16, 2
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -49,7 +51,8 @@ class ShardSource:
         augment: Whether the data module's augmentation applies to this data set.
         backgrounds: Folder or glob of images to put instances onto that have foreground colours.
         load_foreground: Whether batches carry the foreground colours (data sets that have them for every instance).
-        captions: Further phrases beside the shards, as JSON lines `{"key", "instance", "text", "kind"}`.
+        captions: Further phrases beside the shards, as JSON lines `{"key", "instance", "text", "kind"}`
+            (tools/caption.py writes them); files, URLs or a list of these.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class SourceReader:
         augmentation: Applied where the source allows it; None shows every image whole.
         detail_size: Side of the native-resolution crop, in pixels; 0 for none.
         skip_bad: Whether a sample that cannot be used is replaced by another of its shard, or raises.
+        open_url: Returns the bytes of captions behind a URL.
     """
 
     def __init__(
@@ -142,16 +146,32 @@ class SourceReader:
         augmentation: Augmentation | None = None,
         detail_size: int = 0,
         skip_bad: bool = False,
+        open_url: Callable[[str], bytes] | None = None,
     ) -> None:
         self.name, self.source, self.index = name, source, index
         mix = source.mix_shards or (_REMOTE_MIX if index.remote else _LOCAL_MIX)
         self.draws = Draws(index.counts, seed, name, mix)
-        self.captions = read_captions(source.captions) if source.captions else {}
+        self.captions = read_captions(source.captions, open_url)
         self.size, self.detail_size = size, detail_size
         self.augmentation = augmentation if source.augment else None
         self.skip_bad = skip_bad
         self.backgrounds = _background_files(source.backgrounds) if source.backgrounds else []
         self._fetching: tuple[int, int] | None = None
+
+    def lacks_phrases(self) -> bool:
+        """Return whether templates are to take the place of some phrases, but there are none: all would be templates.
+
+        Looked at are up to 100 samples, evenly spaced, with their captions; shards behind URLs are not fetched for it.
+        """
+        if not 0 < self.source.policy.template_probability < 1 or self.index.remote:
+            return False
+        for number in np.unique(np.linspace(0, len(self.index) - 1, _LOOKED_AT).astype(int)).tolist():
+            with contextlib.suppress(SampleError):  # what is damaged is said when it is drawn
+                sample = self.index.read_header(number)
+                sample.add_phrases(self.captions)
+                if any(instance.phrases for instance in sample.instances):
+                    return False
+        return True
 
     def show(self, draw: int, iteration: int) -> tuple[Shown, list[str]]:
         """Return what draw number ``draw`` gives, and a line for every bad sample that had to be replaced.
@@ -273,8 +293,14 @@ class SourceReader:
         return Box(top, left, height, width).cut(image)
 
 
-def read_captions(paths: Sequence[str]) -> dict[tuple[str, str], list[Phrase]]:
+def read_captions(
+    paths: Sequence[str], open_url: Callable[[str], bytes] | None = None
+) -> dict[tuple[str, str], list[Phrase]]:
     """Read caption files into ``(sample key, instance id) -> phrases``.
+
+    Args:
+        paths: The files.
+        open_url: Returns the bytes behind a URL; without it they must be local.
 
     Raises:
         InputError: If a file is missing or a line is not a caption; the message names file and line.
@@ -282,9 +308,16 @@ def read_captions(paths: Sequence[str]) -> dict[tuple[str, str], list[Phrase]]:
     captions: dict[tuple[str, str], list[Phrase]] = {}
     for path in paths:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            data = open_url(path) if open_url is not None and is_url(path) else Path(path).read_bytes()
         except OSError as error:
-            raise InputError(f"captions '{path}' cannot be read: {error.strerror}.") from error
+            raise InputError(
+                f"captions '{path}' cannot be read: {error.strerror}; make them with tools/caption.py, or set this data"
+                " set's `captions` to null to do without."
+            ) from error
+        try:
+            lines = data.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"captions '{path}' are no text in UTF-8: {error.reason}.") from error
         for number, line in enumerate(lines, start=1):
             try:
                 entry: dict[str, Any] = json.loads(line)

@@ -80,7 +80,7 @@ def test_random_weights_are_one_argument_away() -> None:
     assert config.backbone.init_args.architecture == "sd21"
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sd21_base", "sd_turbo", "sdxl"])
+@pytest.mark.parametrize("name", [*STABLE_DIFFUSION, "sdxl"])
 @pytest.mark.parametrize("before", ["sd21_student_tiny", "sdxl", "tiny", "compact"])
 def test_nothing_of_the_file_before_survives_a_swap(before: str, name: str) -> None:
     # arguments that two classes share outlive a change of class, so each file states all that any other states

@@ -56,8 +56,8 @@ def test_trainer_builds_keeps_the_experiments_callbacks_and_is_headed_by_its_com
     trainer = trainer_of(path, tmp_path, monkeypatch)
     kinds = [type(callback) for callback in trainer.callbacks]
     assert BenchmarkReport in kinds
-    assert kinds.count(ModelCheckpoint) == 1
-    assert (Preemption in kinds) == (tasks > 1)
+    assert kinds.count(ModelCheckpoint) == 2
+    assert kinds.count(Preemption) == (path.stem != "cpu")
     assert trainer.world_size == tasks
     assert trainer.num_nodes == said["num_nodes"]
     assert trainer.precision == said["precision"]
@@ -104,3 +104,20 @@ def test_backbone_builds_at_full_size_inside_the_full_experiment(path: Path) -> 
     if said["init_args"].get("pretrained") == "sd21" and said["init_args"]["pruning"] is None:
         assert sum(item.numel() for item in backbone.unet.parameters()) == 865_898_560
     assert torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("student", "parameters"),
+    [
+        ("base", 583_480_964),
+        ("small", 485_787_524),
+        ("tiny_mid", 424_519_044),
+        ("tiny", 326_825_604),
+        (None, 424_519_044),
+    ],
+)
+def test_student_inside_the_distillation_has_the_published_size(student: str | None, parameters: int) -> None:
+    flags = [] if student is None else ["--model.backbone", str(CONFIGS / "backbone" / f"sd21_student_{student}.yaml")]
+    unet = without_contents(CONFIGS / "experiment" / "sd21_distill.yaml", *flags).network.backbone.unet
+    output_layers = 2 * 320 + (9 * 320 * 4 + 4)  # a norm and a convolution, which are not read
+    assert sum(item.numel() for item in unet.parameters()) == parameters - output_layers

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from callbacks import LossRamp
+from data_modules import InterleavedSchedule
 from lit_matting.cli import main
 from lit_matting.losses import LossTerm
 from lit_matting.optimization import parameter_groups
@@ -77,6 +79,18 @@ def test_experiment_builds_and_its_names_mean_something(
 def test_experiment_is_headed_by_its_command(path: Path) -> None:
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"--config configs/experiment/{path.name}" in line for line in comments)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=names(EXPERIMENTS))
+def test_every_data_set_of_the_schedule_is_seen_in_the_logs(path: Path) -> None:
+    # a row of the log is one step, and a step is one data set: every 50th of a schedule of period 5 is always the same
+    whole = yaml.safe_load(path.read_text())
+    every, steps = whole["trainer"]["log_every_n_steps"], whole["trainer"]["max_steps"]
+    given = whole["data"]["init_args"].get("schedule")
+    sets = list(whole["data"]["init_args"]["train"])
+    schedule = InterleavedSchedule(**given["init_args"]) if given else InterleavedSchedule(sets, insert_every=0)
+    assert set(schedule.datasets) == set(sets)
+    assert {schedule.dataset(step - 1) for step in range(every, steps + 1, every)} == set(sets)
 
 
 @pytest.mark.usefixtures("away")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections import Counter
@@ -235,11 +236,14 @@ def test_other_urls_go_through_webdataset(cache: RemoteShards, pictures: Picture
 
 def test_stream_and_benchmark_are_the_same_from_a_server(server: Server, pictures: Pictures, tmp_path: Path) -> None:
     path = pictures("a", 23)
+    captions = [{"key": "000007", "instance": name, "text": "the caption"} for name in ("i0", "i1")]
+    path.with_name("a.captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
     found = []
     for shards in (str(path), f"{server.url}/a/a.index.json"):
         server.plan = {f"a/a-00000{number}.tar": ["503", "cut"] for number in range(5)}
+        captioned = shards.replace(".index.json", ".captions.jsonl")
         module = InterleavedDataModule(
-            {"a": ShardSource(shards, batch_size=5, mix_shards=2)},
+            {"a": ShardSource(shards, batch_size=5, mix_shards=2, captions=captioned, kind_weights={"caption": 1e9})},
             val={"v": BenchmarkSource(shards)},
             image_size=24,
             epoch_iterations=6,
@@ -248,5 +252,6 @@ def test_stream_and_benchmark_are_the_same_from_a_server(server: Server, picture
         module.remote.first_wait_s = 0.01
         module.setup("fit")
         batches = list(module.train_dataloader()) + list(module.val_dataloader()[0])
-        found.append([hashlib.sha1(batch.image.numpy().tobytes()).hexdigest() for batch in batches])
+        found.append([(hashlib.sha1(batch.image.numpy().tobytes()).hexdigest(), batch.prompts) for batch in batches])
     assert found[0] == found[1]
+    assert "the caption" in str(found[0])

@@ -157,6 +157,46 @@ def test_captions_and_templates_call_what_has_no_phrases(pictures: Pictures, tmp
     captions.write_text('{"key": "a"}\n')
     with pytest.raises(InputError, match="line 1"):
         stream(1, {"a": source})
+    captions.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="no text in UTF-8"):
+        stream(1, {"a": source})
+    captions.unlink()
+    with pytest.raises(
+        InputError, match=r"cannot be read: No such file.*tools/caption\.py, or set .* `captions` to null"
+    ):
+        stream(1, {"a": source})
+
+
+@pytest.mark.parametrize(
+    ("own", "captioned", "share", "warned"),
+    [
+        (False, None, 0.3, True),
+        (False, "000017", 0.3, False),
+        (False, "of other shards", 0.3, True),
+        (True, None, 0.3, False),
+        (False, None, 1.0, False),  # only templates are wanted
+        (False, None, 0.0, False),  # templates for what has no phrases, as documented
+    ],
+)
+def test_template_share_of_a_data_set_without_any_phrases_is_warned_about(
+    own: bool,
+    captioned: str | None,
+    share: float,
+    warned: bool,
+    pictures: Pictures,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = pictures("a", 23, phrases=lambda number, instance: [("it", "basic")] if own and number == 9 else [])
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text(json.dumps({"key": captioned, "instance": "i1", "text": "a caption"}) + "\n")
+    given = None if captioned is None else str(captions)
+    source = ShardSource(str(path), templates=["the thing"], template_probability=share, captions=given)
+    InterleavedDataModule({"a": source}, image_size=24).setup("fit")
+    assert [record.message for record in caplog.records] == warned * [
+        "Data set 'a' has no phrases of its own, so every one will be a template, not 30 %: caption it"
+        " (tools/caption.py) and name the file in its `captions`, or set `template_probability` to 1."
+    ]
 
 
 def test_data_set_without_any_allowed_phrase_says_which_kinds_were_asked_for(pictures: Pictures) -> None:

@@ -122,7 +122,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict
             "matte": ["--model.initial_weights=ground/last.ckpt"],
             "refine": ["--model.initial_weights=matte/last.ckpt", "--data.init_args.detail_size=48"],
             "distill": ["--model.teacher=refine/last.ckpt", "--data.init_args.detail_size=48"],
-            "joint": ["--model.initial_weights=refine/last.ckpt"],
+            "joint": ["--model.initial_weights=refine/last.ckpt", "--data.init_args.detail_size=48"],
         }
         for stage, flags in before.items():
             command("fit", stage, stage, *flags, steps=STEPS[stage])
