@@ -35,7 +35,15 @@ from lit_matting.records import MattingBatch
 
 log = logging.getLogger(__name__)
 
-LOGGED = ("grounding_accuracy", "strict_accuracy", "swap_accuracy", "soft_iou", "sad", "band_mae")
+LOGGED = (
+    "found_rate",
+    "grounding_accuracy",
+    "strict_accuracy",
+    "swap_accuracy",
+    "soft_iou",
+    "sad",
+    "band_mae",
+)
 
 
 class BenchmarkReport(pl.Callback):
@@ -242,9 +250,10 @@ def _markdown(report: Mapping[str, Any], pictures: bool) -> str:
         report["statement"],
         "# Benchmark report",
         overview_table(cards),
-        "Grounding: the matte overlaps (soft IoU) the referred instance more than any other of its image; strict: soft"
-        " IoU above 0.5; swap: both of two phrases for different instances of one image. SAD, Grad and Conn in"
-        " thousands; band: where the true alpha is uncertain. Everything over all samples, found or not.",
+        "Found: the matte overlaps (soft IoU) the referred instance more than any other of its image, or, alone in its"
+        " image, by more than 0.1; grounding: the same over images of several instances; strict: soft IoU above 0.5;"
+        " swap: both of two phrases for different instances of one image. SAD, Grad and Conn in thousands; band: where"
+        " the true alpha is uncertain. Everything over all samples, found or not.",
         "## Found and missed",
         found_table(cards),
         f"## By phrase kind ({name})",

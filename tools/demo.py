@@ -38,6 +38,7 @@ METHODS = {
     "perfect_all": "baseline: every object, perfect",
     "perfect_random": "baseline: one object blindly, perfect",
 }
+# without found_rate: every scene has several objects, and there it is the grounding accuracy
 COLUMNS = {
     "grounding_accuracy": "grounding",
     "strict_accuracy": "strict",

@@ -7,7 +7,8 @@ Files belong together by name: `--alpha-pattern "*_alpha.png"` says which files 
 trimaps, over their unknown region (128) as well. Mattes may be 8- or 16-bit, grey or with an alpha channel.
 
 REPORT gets report.json, per_sample.csv (for tools/compare_reports.py) and report.md; the table is printed. The exit
-status is not 0 when a truth has no matte, a file cannot be read, or sizes differ and `--resize` is not given.
+status is not 0 when a truth has no matte or no trimap, a file cannot be read, or sizes differ and `--resize` is not
+given.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ def score(job: Job) -> dict[str, Any] | str:
             if trimap.shape != alpha.shape or trimap.dtype != np.uint8:
                 raise InputError(f"{job.trimap} must be 8-bit and as large as {job.alpha}.")
             unknown = trimap == UNKNOWN
+            if not unknown.any() and not np.isin(trimap, (0, 255)).all():
+                raise InputError(f"{job.trimap} holds grey values but no {UNKNOWN}, which is what unknown is here.")
             row["unknown"] = float(unknown.mean())
             row.update({f"unknown.{name}": value for name, value in _errors(pred, alpha, unknown, job).items()})
         return row
@@ -149,27 +152,33 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     """Return what there is to score.
 
     Raises:
-        InputError: If no truth is found or truths have no matte.
+        InputError: If no truth is found, or truths have no matte or no trimap.
     """
     alphas = find(options.alpha, options.alpha_pattern, "--alpha")
     preds = find(options.pred, options.pred_pattern, "--pred")
     trimaps = find(options.trimap, options.trimap_pattern, "--trimap") if options.trimap else {}
     if not alphas:
         raise InputError(f"`--alpha`: {options.alpha} holds no image that counts; see `--alpha-pattern`.")
-    missing = sorted(set(alphas) - set(preds))
-    if missing and not options.allow_missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise InputError(
-            f"{len(missing)} of {len(alphas)} truths have no matte in {options.pred} ({shown}); see `--pred-pattern`,"
-            " or give --allow-missing to leave them out."
-        )
-    if set(missing) == set(alphas):
-        raise InputError(f"no matte in {options.pred} has the name of a truth in {options.alpha}; see the patterns.")
+    _check_missing(set(alphas), set(preds), options, "pred", "matte")
+    if options.trimap:
+        _check_missing(set(alphas) & set(preds), set(trimaps), options, "trimap", "trimap")
     return [
         Job(key, preds[key], path, trimaps.get(key), options.dialect, options.normalize, options.resize)
         for key, path in alphas.items()
         if key in preds
     ]
+
+
+def _check_missing(truths: set[str], given: set[str], options: argparse.Namespace, option: str, what: str) -> None:
+    missing, folder = sorted(truths - given), getattr(options, option)
+    if set(missing) == truths:
+        raise InputError(f"no {what} in {folder} has the name of a truth in {options.alpha}; see the patterns.")
+    if missing and not options.allow_missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"{len(missing)} of {len(truths)} truths have no {what} in {folder} ({shown}); see `--{option}-pattern`,"
+            " or give --allow-missing to leave them out."
+        )
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -200,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--normalize", choices=("minmax", "none"), default="minmax", help="of the gradient error")
     parser.add_argument("--resize", action="store_true", help="resize mattes of another size to their truth")
-    parser.add_argument("--allow-missing", action="store_true", help="leave truths without a matte out")
+    parser.add_argument("--allow-missing", action="store_true", help="leave truths without a matte or a trimap out")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="folder for report.json, per_sample.csv and report.md")
     options = parser.parse_args(arguments)
@@ -225,6 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {name: getattr(options, name) for name in ("dialect", "normalize", "resize", "allow_missing")}
     about = f"{len(rows)} mattes of {options.pred} against {options.alpha}, {options.dialect} definitions"
     truths = len(find(options.alpha, options.alpha_pattern, "--alpha"))
+    unmarked = sum("unknown.sad" not in row for row in rows) if options.trimap else 0
+    if unmarked:
+        about = f"INCOMPLETE: {unmarked} of {len(rows)} mattes are not in the means of the unknown region. {about}"
     if len(rows) < truths:
         about = f"INCOMPLETE: {truths - len(rows)} of {truths} truths are not in these means. {about}"
     print(f"{about}\n\n{table(means)}")

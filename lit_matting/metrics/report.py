@@ -26,6 +26,7 @@ PACKAGES = (
     "opencv-python-headless",
 )
 RATES = (
+    ("found_rate", "found"),
     ("grounding_accuracy", "grounding"),
     ("strict_accuracy", "strict"),
     ("swap_accuracy", "swap"),

@@ -23,7 +23,8 @@ from data_modules import BenchmarkSource, InterleavedDataModule
 from data_modules.shards import InstanceEntry, ShardWriter
 from lit_matting.checks import InputError
 from lit_matting.metrics.protocol import FOLDER
-from lit_matting.metrics.report import figure, file_digest, markdown_table, to_json
+from lit_matting.metrics.referring import ReferringScore
+from lit_matting.metrics.report import figure, file_digest, kind_table, markdown_table, overview_table, to_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -204,6 +205,7 @@ def test_the_checkpoint_is_hashed(tmp_path) -> None:
 def test_headline_numbers_are_logged(tmp_path) -> None:
     trainer = worker.run(tmp_path, images=2)
     assert trainer.callback_metrics["metric/grounding_accuracy"] == 0.75
+    assert trainer.callback_metrics["metric/found_rate"] == 0.75
     assert "metric/band_mae" in trainer.callback_metrics
 
 
@@ -274,6 +276,18 @@ def test_tables_align_and_escape() -> None:
     table = markdown_table(["", "n"], [["a | b", "1"], ["c", "200"]])
     assert table.splitlines() == ["|        |   n |", "| ------ | --: |", "| a \\| b |   1 |", "| c      | 200 |"]
     assert figure(float("nan")) == "-"
+
+
+def test_things_alone_in_their_images_are_found_or_missed_in_the_tables() -> None:
+    """There is nothing to confuse them with, so grounding is undefined; three of four mattes are not empty."""
+    score, truth = ReferringScore(), worker.instances_of(0)[:1]
+    for image, factor in enumerate((1.0, 0.8, 0.5, 0.0)):
+        score.update([truth[0] * factor], [truth], [0], [f"squares/{image}"], ["the square"], ["basic"])
+    card = score.compute()
+    for table in (overview_table({"alpha": card}), kind_table(card, "kinds", "kind")):
+        lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+        row = dict(zip(lines[0], lines[2]))
+        assert (row["found"], row["grounding"]) == ("0.750", "-")
 
 
 def test_undefined_numbers_become_null() -> None:

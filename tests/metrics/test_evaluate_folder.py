@@ -106,6 +106,32 @@ def test_missing_mattes_fail_unless_allowed(tmp_path, capsys) -> None:
     assert capsys.readouterr().out.startswith("INCOMPLETE: 2 of 3 truths")
 
 
+def test_missing_trimaps_fail_unless_allowed(tmp_path, capsys) -> None:
+    truth = alphas()
+    alpha, pred = write(tmp_path / "a", truth), write(tmp_path / "p", {key: 0 * truth[key] for key in truth})
+    trimap = write(tmp_path / "t", {"photo1": np.full_like(truth["photo1"], 128), "other": truth["photo0"]})
+    folders = ["--pred", pred, "--alpha", alpha, "--trimap", trimap]
+    assert run(*folders) == 2
+    assert "2 of 3 truths have no trimap" in capsys.readouterr().err
+    assert run(*folders, "--allow-missing", "--out", tmp_path / "r") == 0
+    assert capsys.readouterr().out.startswith("INCOMPLETE: 2 of 3 mattes are not in the means of the unknown region.")
+    means = json.loads((tmp_path / "r" / "report.json").read_text())["means"]
+    assert means["unknown.sad"] == functional.sad(0 * truth["photo1"], truth["photo1"])
+    for allowed in ([], ["--allow-missing"]):
+        assert run(*folders, "--trimap-pattern", "*_trimap.png", *allowed) == 2
+        assert "no trimap in" in capsys.readouterr().err
+
+
+def test_trimaps_with_another_unknown_value_are_refused(tmp_path, capsys) -> None:
+    """With 127 for unknown the region would be empty, and every error in it 0."""
+    truth = alphas(1)
+    alpha = write(tmp_path / "a", truth)
+    for value, status in ((127, 1), (128, 0), (255, 0)):
+        trimap = write(tmp_path / "t", {"photo0": np.where(truth["photo0"] > 0, value, 0).astype(np.uint8)})
+        assert run("--pred", alpha, "--alpha", alpha, "--trimap", trimap) == status
+    assert capsys.readouterr().err.count("but no 128") == 1
+
+
 def test_other_sizes_fail_unless_resized(tmp_path, capsys) -> None:
     truth = alphas()
     alpha = write(tmp_path / "a", truth)
