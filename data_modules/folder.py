@@ -11,17 +11,14 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from data_modules.decode import decode_rgb
 from data_modules.stream import received, whole_batches
-from data_modules.transforms import pictures
 from lit_matting.checks import InputError, check_prompt
+from lit_matting.pictures import PHOTO_SUFFIXES, read_photo
 from lit_matting.records import MattingBatch
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class FolderSource:
-    """Photographs to make mattes for, each at its own size.
+    """Photographs to make mattes for, each at its own size and read as :class:`lit_matting.MattingPipeline` reads it.
 
     Args:
         images: A folder (searched with its subfolders), a glob, one image, or a CSV table with a line `image,phrase`
@@ -39,7 +36,8 @@ class FolderSource:
         """Return ``(path, name relative to the folder, phrase)`` of every matte to make; what is asked twice once.
 
         Raises:
-            InputError: If there are no images, no phrases, or a line of the table is not `image,phrase`.
+            InputError: If there are no images, no phrases, a line of the table is not `image,phrase`, or two of its
+                images would have one name.
         """
         if self.images.lower().endswith(".csv"):
             if self.phrases:
@@ -56,7 +54,7 @@ class FolderSource:
         else:
             found = [Path(path) for path in glob.glob(self.images, recursive=True)]
             root = os.path.commonpath([path.parent for path in found]) if found else ""
-        paths = sorted(str(path) for path in found if path.suffix.lower() in EXTENSIONS and path.is_file())
+        paths = sorted(str(path) for path in found if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
         if not paths:
             raise InputError(f"no images at '{self.images}'; give a folder, a glob or a CSV table.")
         return [
@@ -91,13 +89,10 @@ class _Photographs(Dataset[MattingBatch]):
 
     def __getitem__(self, number: int) -> MattingBatch:
         path, key, phrase = self.questions[number]
-        try:
-            image = decode_rgb(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"image '{path}' cannot be used: {error}.") from error
-        height, width = image.shape[:2]
+        photo = read_photo(path)
+        height, width = photo.size
         return MattingBatch(
-            image=pictures([image]),
+            image=torch.from_numpy(photo.as_float()).permute(2, 0, 1)[None].contiguous(),
             target=torch.zeros(1, 1, height, width),
             has_alpha=torch.tensor([False]),
             prompts=(phrase,),
@@ -106,6 +101,7 @@ class _Photographs(Dataset[MattingBatch]):
             instance=torch.tensor([0]),
             categories=("",),
             dataset=self.name,
+            opacity=None if photo.opacity is None else torch.from_numpy(photo.opacity)[None, None],
         )
 
 
@@ -120,6 +116,7 @@ def _read_table(path: str) -> list[tuple[str, str, str]]:
     if not rows:
         raise InputError(f"table '{path}' has no lines; each must be: image,phrase.")
     questions = []
+    places: dict[str, str] = {}
     for line, row in enumerate(rows, start=1):
         if len(row) != 2:
             raise InputError(f"table '{path}', entry {line}: expected image,phrase, got {len(row)} fields: {row}.")
@@ -127,5 +124,13 @@ def _read_table(path: str) -> list[tuple[str, str, str]]:
         full = os.path.join(os.path.dirname(path), image)
         if not os.path.isfile(full):
             raise InputError(f"table '{path}', entry {line}: image '{full}' does not exist.")
-        questions.append((full, Path(image).as_posix().lstrip("/"), phrase))
+        # a name that stays inside any folder
+        key = "/".join(part for part in Path(image).parts if part not in (Path(image).anchor, ".."))
+        first = places.setdefault(key, full)
+        if not os.path.samefile(first, full):
+            raise InputError(
+                f"table '{path}', entry {line}: '{full}' and '{first}' would both be called '{key}'; put them into two"
+                " tables, or rename one."
+            )
+        questions.append((first, key, phrase))
     return questions

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_matting.checks import InputError, check_prompt
+from lit_matting.pictures import PHOTO_SUFFIXES
 
 if TYPE_CHECKING:
     from lit_matting.pipeline import MattingPipeline
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROG = "python -m lit_matting matte"
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif")
-"""What is taken from a folder; a file named one by one may end in anything."""
 DEFAULT_CHECKPOINT = "outputs/demo/last.ckpt"
 FORMATS = ("png", "webp", "tiff", "jpg")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.ckpt)")

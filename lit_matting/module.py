@@ -290,7 +290,8 @@ class LitMatting(pl.LightningModule):
             _update(self.test_scores[name], matte, batch)
 
     def predict_step(self, batch: MattingBatch, batch_index: int, dataloader_idx: int = 0) -> MattingOutput:
-        return matte_at_native_size(self.network, batch.image, batch.prompts, self.image_size)
+        output = matte_at_native_size(self.network, batch.image, batch.prompts, self.image_size)
+        return output if batch.opacity is None else dataclasses.replace(output, alpha=output.alpha * batch.opacity)
 
     def _judged(self, batch: MattingBatch) -> MattingOutput:
         if batch.instances is None:

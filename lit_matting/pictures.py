@@ -23,6 +23,8 @@ from lit_matting.checks import InputError
 
 log = logging.getLogger(__name__)
 
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif")
+"""What is taken from a folder; a file named one by one may end in anything."""
 WHITE_LEVEL: dict[str, int] = {"uint8": 255, "uint16": 65535, "float32": 1}
 # what a decoder raises on a file that is damaged, or made to be
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, struct.error)

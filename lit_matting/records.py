@@ -117,6 +117,8 @@ class MattingBatch(_TensorRecord):
     """The optimizer step that the schedule made this batch for; -1 outside training."""
     phrases_per_image: int = 1
     """Rows ``[k P, (k + 1) P)`` hold the same image with P phrases: the network encodes it once for all of them."""
+    opacity: Tensor | None = None
+    """(B, 1, H, W) in [0, 1]: the photographs' own alpha channel, by which predicted mattes are multiplied."""
 
     @classmethod
     def stack(

@@ -26,7 +26,7 @@ LEVELS = {
     "lit_matting.pipeline": 5,
     "lit_matting.cli": 6,
 }
-DATA_MODULES_SEE = {"lit_matting.checks", "lit_matting.records", "lit_matting.targets"}
+DATA_MODULES_SEE = {"lit_matting.checks", "lit_matting.pictures", "lit_matting.records", "lit_matting.targets"}
 
 
 def modules() -> dict[str, Path]:
@@ -128,7 +128,7 @@ def seen_by(package: str) -> dict[str, list[str]]:
     return {module: way for module, way in ways.items() if not (module == package or module.startswith(package + "."))}
 
 
-def test_data_modules_see_records_checks_and_targets_only() -> None:
+def test_data_modules_see_records_checks_targets_and_pictures_only() -> None:
     ways = seen_by("data_modules")
     assert set(ways) <= DATA_MODULES_SEE, next(way for module, way in ways.items() if module not in DATA_MODULES_SEE)
 

@@ -171,6 +171,29 @@ def test_table_pairs_images_and_phrases(photographs: Path) -> None:
         FolderSource(str(table)).loader()
 
 
+def test_two_images_of_a_table_never_have_one_name(photographs: Path, tmp_path: Path) -> None:
+    table = photographs / "table.csv"
+    absolute = photographs / "sub" / "b.jpg"
+    twin = photographs / absolute.relative_to("/")
+    twin.parent.mkdir(parents=True)
+    twin.write_bytes((photographs / "a.png").read_bytes())
+    table.write_text(f"{absolute},it\n{twin.relative_to(photographs)},it\n")
+    name = absolute.as_posix().lstrip("/")
+    with pytest.raises(InputError, match=rf"entry 2: '.*' and '{absolute}' would both be called '{name}'; put them"):
+        FolderSource(str(table)).loader()
+    (tmp_path / "a.png").write_bytes((photographs / "sub" / "b.jpg").read_bytes())
+    table.write_text("a.png,it\n../a.png,it\n")
+    with pytest.raises(InputError, match=r"would both be called 'a.png'"):
+        FolderSource(str(table)).loader()
+    # one image by three names is one image
+    table.write_text("a.png,it\n./a.png,it\nsub/../a.png,a dog\n../photographs/sub/b.jpg,it\n")
+    assert [(key, phrase) for _, key, phrase in FolderSource(str(table)).questions()] == [
+        ("a.png", "it"),
+        ("sub/a.png", "a dog"),
+        ("photographs/sub/b.jpg", "it"),
+    ]
+
+
 def test_matte_that_is_asked_for_twice_is_made_once(photographs: Path) -> None:
     table = photographs / "table.csv"
     table.write_text("a.png,a dog\nsub/b.jpg,a dog\na.png,a dog\n")
