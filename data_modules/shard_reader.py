@@ -153,7 +153,10 @@ class ShardIndex:
                 infos += [info for info, _ in found]
                 paths += [path for _, path in found]
         if not infos:
-            raise ShardsMissing(f"no shards found at {listed(given)}; give an index file, a folder, a glob or a URL.")
+            raise ShardsMissing(
+                f"no shards found at {listed(given)}; give an index file, a folder, a glob or a URL. Shards are made by"
+                " tools/scene_shards.py (generated scenes), make_shards.py (public releases) and compose_shards.py."
+            )
         for info, path in zip(infos, paths):
             if not is_url(path):
                 verify_shard(info, path, verify)

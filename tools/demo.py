@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -78,15 +79,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=max(100, Console().width))
     for table in tables(report):
         console.print(table)
+    # the largest of the commands above; Linux counts in KiB
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    memory = "" if options.picture_only else f", at most {peak:.1f} GiB of memory"
     console.print(
-        f"took {time.monotonic() - started:.0f} s; picture: [bold]{picture}[/]; figures: {options.folder}/report.json"
+        f"took {time.monotonic() - started:.0f} s{memory}; picture: [bold]{picture}[/]; figures:"
+        f" {options.folder}/report.json"
     )
     console.print(
-        f'next: python -m lit_matting matte PHOTO.jpg "the red one" --checkpoint {checkpoint} -o cutout.png\n'
+        f'next: {_python()} -m lit_matting matte PHOTO.jpg "the red one" --checkpoint {checkpoint} -o cutout.png\n'
         "      (this model has only ever seen generated scenes; see docs/DATA.md for training on your own images)",
         highlight=False,
     )
     return 0
+
+
+def _python() -> str:
+    """Return how the user calls this interpreter from here."""
+    return str(_shortest(Path(sys.executable)))
 
 
 def _shortest(path: Path) -> Path:

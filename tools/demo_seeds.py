@@ -24,10 +24,15 @@ from typing import Any
 if not __package__:  # run as a file: the repository's root holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lit_matting.files import write_whole
 from tools.documents import write_between_markers
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/RESULTS.md"
+SCENES = {"demo": 12000, "demo_long": 24000}
+"""Training scenes of each experiment, as its file says."""
+KEPT = "experiment.yaml"
+"""The configuration that a seed was run with, beside its results."""
 
 Scores = dict[str, Any]
 ROWS: dict[str, Callable[[Scores], float]] = {
@@ -54,29 +59,47 @@ ROWS: dict[str, Callable[[Scores], float]] = {
 }
 
 
-def run_seed(experiment: str, seed: int) -> None:
+def make_shards(experiment: str) -> None:
+    """Make the scenes that all seeds learn from and are judged on, unless they are there."""
+    shards = ROOT / "outputs" / experiment / "shards"
+    if not (shards / "test.index.json").is_file():
+        command = [sys.executable, "tools/scene_shards.py", str(shards), "--train", str(SCENES[experiment])]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
+def check_configuration(experiment: str, folder: Path) -> None:
+    """Raise :class:`SystemExit` if a seed was run with another configuration than there is now."""
+    file, kept = ROOT / f"configs/experiment/{experiment}.yaml", folder / KEPT
+    if folder.is_dir() and not (kept.is_file() and kept.read_text() == file.read_text()):
+        raise SystemExit(
+            f"demo_seeds: error: {folder} was made with another {file.name} than there is now, and one table holds one"
+            " configuration: move the folder away."
+        )
+
+
+def run_seed(experiment: str, seed: int, runs: Path) -> None:
     """Train and test one seed in its own folder, unless its report is already there."""
-    folder = ROOT / f"outputs/seeds/{experiment}/{seed}"
+    folder = runs / str(seed)
     output = folder / "outputs" / experiment
     if (output / "report.json").is_file():
         return
     output.mkdir(parents=True, exist_ok=True)
+    write_whole((ROOT / f"configs/experiment/{experiment}.yaml").read_bytes(), folder / KEPT)
     link = output / "shards"
-    if not link.exists():
+    if not link.is_symlink():
         link.symlink_to(ROOT / "outputs" / experiment / "shards")
-    config = ["--config", str(ROOT / f"configs/experiment/{experiment}.yaml")]
-    config += ["--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
+    config = ["--config", KEPT, "--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in (["fit"], ["test", "--ckpt_path", f"outputs/{experiment}/last.ckpt"]):
         line = [sys.executable, "-m", "lit_matting", command[0], *config, *command[1:]]
         subprocess.run(line, cwd=folder, env=environment, check=True)
 
 
-def table(experiment: str) -> str:
+def table(experiment: str, runs: Path) -> str:
     """Return the markdown table of all finished seeds of an experiment."""
-    reports = sorted((ROOT / f"outputs/seeds/{experiment}").glob(f"*/outputs/{experiment}/report.json"))
+    reports = sorted(runs.glob(f"*/outputs/{experiment}/report.json"))
     if not reports:
-        raise SystemExit(f"demo_seeds: error: no finished run of {experiment!r} under outputs/seeds.")
+        raise SystemExit(f"demo_seeds: error: no finished run of {experiment!r} under {runs}.")
     seeds = [path.parents[2].name for path in reports]
     scores = [json.loads(path.read_text())["scores"] for path in reports]
     lines = [
@@ -100,10 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: %(default)s")
     parser.add_argument("--collect", action="store_true", help="run nothing; only write the table")
     options = parser.parse_args(arguments)
-    if not options.collect:
-        for seed in options.seeds:
-            run_seed(options.experiment, seed)
-    text = table(options.experiment)
+    runs = ROOT / "outputs/seeds" / options.experiment
+    if options.collect:
+        options.seeds = sorted(int(path.name) for path in runs.glob("*") if path.name.isdigit())
+    else:
+        make_shards(options.experiment)
+    for seed in options.seeds:
+        check_configuration(options.experiment, runs / str(seed))
+    for seed in [] if options.collect else options.seeds:
+        run_seed(options.experiment, seed, runs)
+    text = table(options.experiment, runs)
     print(text)
     write_between_markers(text, options.experiment, DOCUMENT)
     return 0

@@ -22,7 +22,7 @@ def report(together: float = 0.4) -> dict:
         "start": {"import": 0.1, "matte --help": 2.0},
         "small": {
             "side": 128,
-            "seconds": {"eight together": together, "eight one by one": 0.8},
+            "seconds": {"first call": 0.2, "second phrase": 0.15, "eight together": together, "eight one by one": 0.8},
             "calls": 200,
             "growth": 3 * MEBIBYTE,
         },
@@ -55,6 +55,7 @@ def test_the_table_says_what_was_promised_and_missed() -> None:
     text = markdown({**report(), "promises": promises(report())})
     assert text.startswith("Measured by `python tools/benchmark_inference.py`")
     assert "| full size, first call: fp32 / bf16 time | 1.50 | >= 2 | **missed** |" in text
+    assert "a second phrase takes 0.75 of a first call" in text
 
 
 def test_times_are_processor_time_and_not_waiting() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def test_onnxruntime_alone_gives_the_networks_maps_for_any_batch(
 
 
 @pytest.mark.slow
+def test_the_example_of_the_documentation_runs(
+    exported: Path, checkpoint: Path, tmp_path: Path, photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, target in (("outputs/demo/last.ckpt", checkpoint), ("build/demo", exported)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(target)
+    text = (Path(__file__).resolve().parents[2] / "docs/EXPORT.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, MattingPipeline] = {}
+    exec(compile(example, "docs/EXPORT.md", "exec"), scope)
+    own, other = (scope[name](photograph, "the red thing").alpha for name in ("own", "matting"))
+    assert np.abs(own - other).max() < 1e-3
+
+
+@pytest.mark.slow
 def test_graphs_say_nothing_about_the_machine_they_were_made_on(exported: Path) -> None:
     root = str(Path(__file__).resolve().parents[2]).encode()
     assert not any(root in (exported / f"{name}.onnx").read_bytes() for name in ("image", "text", "matte"))
@@ -116,24 +133,33 @@ def test_a_graph_of_int8_weights_holds_integers_and_runs(checkpoint: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_stable_diffusions_text_and_image_graphs_are_exported_too(tmp_path: Path) -> None:
+def test_stable_diffusions_three_graphs_give_its_maps(tmp_path: Path) -> None:
     save_tiny_pipeline(tmp_path / "sd")
     network = MattingNetwork(StableDiffusion(str(tmp_path / "sd"), text_tokens=12)).eval().requires_grad_(False)
-    for graph in graphs(network, 64)[:2]:
+    for graph in graphs(network, 64):
         write_graph(graph, tmp_path, ["onnx"])
     with torch.no_grad():
         text = network.backbone.encode_text(PHRASES)
         pixels = torch.rand(3, 3, 64, 64)
         latent = network.backbone.encode_image(pixels)
+        maps = network(pixels, PHRASES, refine=False)
     numbers = network.backbone.text_encoder.spell(PHRASES)
-    sessions = [
-        onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
-        for name in ("text", "image")
-    ]
-    found = sessions[0].run(None, {f"phrase_{name}": value.numpy() for name, value in numbers.items()})
-    for value, name in zip(found, ("tokens", "words", "valid", "pooled")):
+    sessions = {
+        name: onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        for name in ("text", "image", "matte")
+    }
+    names = ("tokens", "words", "valid", "pooled")
+    found = sessions["text"].run(None, {f"phrase_{name}": value.numpy() for name, value in numbers.items()})
+    for value, name in zip(found, names):
         assert np.abs(value.astype(np.float32) - getattr(text, name).float().numpy()).max() < 1e-4
-    assert np.abs(sessions[1].run(None, {"image": pixels.numpy()})[0] - latent.numpy()).max() < 1e-4
+    (seen,) = sessions["image"].run(None, {"image": pixels.numpy()})
+    assert np.abs(seen - latent.numpy()).max() < 1e-4
+    said = sessions["matte"].run(None, {"latent": seen, **dict(zip(names, found))})
+    outputs = dict(zip((output.name for output in sessions["matte"].get_outputs()), map(torch.from_numpy, said)))
+    # features, before the untrained grounding head: it standardises flat attention, which enlarges rounding
+    torch.testing.assert_close(outputs["features"], maps.features, rtol=1e-3, atol=1e-3)
+    assert maps.features.std() > 0.05, "a constant would prove nothing"
+    assert (outputs["alpha"] - maps.alpha_lr).abs().max() < 0.05
 
 
 def test_phrases_as_numbers_have_the_features_of_phrases(matting: MattingPipeline) -> None:
@@ -169,3 +195,23 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(
         assert sentence in printed, words
         assert printed.count("\n") == 1, words
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "pairs.csv", "taken"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_smaller_weights_that_keep_the_mattes_are_written_with_what_they_cost(
+    checkpoint: Path, tmp_path: Path, photograph: np.ndarray, weights: str
+) -> None:
+    Image.fromarray(photograph).save(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("image,phrase\na.png,the red thing\na.png,glass\n")
+    words = ["--weights", weights, "--check", str(tmp_path / "pairs.csv"), "--allow", "0.05"]
+    assert main([str(checkpoint), "-o", str(tmp_path / "whole")]) == 0
+    assert main([str(checkpoint), "-o", str(tmp_path / "small"), *words]) == 0
+    about = json.loads((tmp_path / "small/export.json").read_text())
+    assert about["weights"] == weights
+    assert 0 < abs(about["cost_of_smaller_weights"]["sad_change"]) <= 0.05
+
+    def size(folder: str) -> int:
+        return sum(path.stat().st_size for path in (tmp_path / folder).glob("*.onnx*"))
+
+    assert size("small") < size("whole")

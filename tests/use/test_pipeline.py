@@ -181,7 +181,6 @@ def test_what_a_cache_remembers_of_another_precision_never_comes_out_of_a_pipeli
 
 def test_device_and_precision_are_chosen_and_checked() -> None:
     cpu = torch.device("cpu")
-    assert pick_precision(cpu) in ("fp32", "bf16")
     assert pick_precision(cpu, parameters=2_000_000) == "fp32"
     assert pick_precision(torch.device("mps")) == "fp32"
     with pytest.raises(InputError, match="one of fp32, bf16, fp16, got 'half'"):
@@ -193,6 +192,24 @@ def test_device_and_precision_are_chosen_and_checked() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="'cuda:0' is not available"):
             pick_device("cuda:0")
+
+
+@pytest.mark.parametrize(("able", "expected"), [((), "fp32"), (("amx_tile",), "bf16"), (("avx512_bf16",), "bf16")])
+def test_a_large_network_runs_in_bf16_where_the_processor_is_made_for_it(
+    able: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda there=name in able: there, raising=False)
+    assert pick_precision(torch.device("cpu")) == expected
+    assert pick_precision(torch.device("cpu"), parameters=2_000_000) == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_a_card_that_would_emulate_bf16_runs_in_fp32(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision(torch.device("cuda"), parameters=2_000_000) == expected
 
 
 def test_a_pipeline_says_what_it_is(matting: MattingPipeline) -> None:

@@ -72,6 +72,8 @@ def _shapes(graph: Graph, batch: Any) -> tuple[Any, ...]:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path, fold: bool) -> None:
+    import onnx
+
     exported = torch.onnx.export(
         program,
         input_names=graph.inputs,
@@ -89,6 +91,7 @@ def _write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path,
         value.metadata_props.clear()
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.module.state_dict().values())
     exported.save(path, external_data=size > _INLINE_BYTES)
+    onnx.checker.check_model(str(path))
 
 
 @contextmanager
