@@ -247,13 +247,35 @@ def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
 # --- colour ---------------------------------------------------------------------------------------
 
 
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""The mode of a picture that a profile of this colour space describes."""
+_ROUNDING = 2
+"""Of 255, by which profiles of sRGB differ from each other: their numbers are rounded in more than one way."""
+
+
 def _needs_conversion(profile: bytes | None) -> bool:
+    """Whether a profile changes colours, which its name does not tell: there is a "Linear sRGB"."""
     if not profile:
         return False
     try:
-        return "srgb" not in ImageCms.getProfileDescription(io.BytesIO(profile)).lower()
-    except (ImageCms.PyCMSError, OSError, ValueError):
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _MODES.get(opened.profile.xcolor_space.strip())
+        if mode not in ("RGB", "L"):
+            return mode is not None
+        steps = np.array([0, 8, 24, 64, 128, 192, 255], np.uint8)
+        colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        patches = Image.fromarray(colours if mode == "RGB" else colours[..., 0])
+        shown = np.asarray(_through(patches, opened), np.int16)
+        return bool(np.abs(shown - np.asarray(patches.convert("RGB"))).max() > _ROUNDING)
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        log.warning("an image's colour profile is damaged and was ignored (%s).", reason(error))
         return False
+
+
+def _through(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    """Return an image of this profile as sRGB."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -261,12 +283,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile and _needs_conversion(profile):
         try:
             opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            space = opened.profile.xcolor_space.strip()
-            mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}.get(space)
+            mode = _MODES.get(opened.profile.xcolor_space.strip())
             # a profile for colours that the image does not have says nothing about it
             if mode == image.mode or (mode in ("RGB", "L") and image.mode not in ("CMYK", "LAB")):
-                srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-                return ImageCms.profileToProfile(image.convert(mode), opened, srgb, outputMode="RGB")
+                return _through(image.convert(mode), opened)
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             log.warning("the image's colour profile is damaged and was ignored (%s).", reason(error))
     if image.mode == "LAB":

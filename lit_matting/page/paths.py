@@ -18,6 +18,8 @@ _CLOSED = ("/gradio_api/file=http", "/gradio_api/file/http", "/gradio_api/proxy=
 """What Gradio offers beyond this page: fetching addresses for a visitor, and statistics about the visitors."""
 TEXT_BYTES = 1_000_000
 """Of a request that uploads no file; the page's own have a thousandth of it."""
+_UPLOAD = "/gradio_api/upload"
+"""The one place where files are taken."""
 _ENVELOPE_BYTES = 65_536
 """What may stand around an uploaded file."""
 
@@ -55,8 +57,12 @@ class HiddenFolder:
         if scope["path"].startswith(_CLOSED):
             await _refuse(send, 404)
             return
-        headers = dict(scope["headers"])
-        upload = headers.get(b"content-type", b"").startswith(b"multipart/")
+        if sum(name.lower() == b"content-type" for name, _ in scope["headers"]) > 1:
+            await _refuse(send, 400)  # Gradio goes by one of them; what is checked here must be what it reads
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        # what calls itself multipart elsewhere is no file, and is read like everything else
+        upload = scope["path"] == _UPLOAD and headers.get(b"content-type", b"").startswith(b"multipart/form-data")
         limited = _Limited(receive, send, self.file_bytes if upload else TEXT_BYTES, _ENVELOPE_BYTES if upload else 0)
         if limited.exceeds(int(headers.get(b"content-length") or 0)):
             await limited.refuse()

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from lit_matting.checks import InputError
 from lit_matting.files import write_whole
@@ -143,14 +143,13 @@ def test_an_opaque_alpha_channel_changes_nothing(tmp_path: Path) -> None:
     assert np.array_equal(photo.colour, RAMP)
 
 
-def linear_light_profile() -> bytes:
-    """An ICC profile with sRGB's primaries (adapted to D50, as profiles are) whose values are linear light."""
+def rgb_profile(curve: bytes, name: str) -> bytes:
+    """An ICC profile with sRGB's primaries (adapted to D50, as profiles are) and one curve for all three."""
 
     def fixed(*values: float) -> bytes:
         return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
-    curve = b"curv" + bytes(4) + struct.pack(">I", 0)  # no entries: the identity
-    text = b"linear light"
+    text = name.encode()
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + b"\0" + bytes(78),
         b"cprt": b"text" + bytes(4) + b"none\0",
@@ -175,16 +174,32 @@ def linear_light_profile() -> bytes:
     return bytes(header) + struct.pack(">I", len(tags)) + table + body
 
 
+def linear_light_profile(name: str = "linear light") -> bytes:
+    return rgb_profile(b"curv" + bytes(4) + struct.pack(">I", 0), name)  # no entries: the identity
+
+
 def srgb_of_linear(light: np.ndarray) -> np.ndarray:
     return np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - 0.055)
 
 
+@pytest.mark.parametrize("called", ["linear light", "GIMP built-in Linear sRGB", "Not sRGB IEC61966-2.1"])
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
-def test_a_colour_profile_is_obeyed(tmp_path: Path, name: str) -> None:
+def test_a_colour_profile_is_obeyed_whatever_it_is_called(tmp_path: Path, name: str, called: str) -> None:
     options = {"lossless": True} if name.endswith("webp") else {}
-    path = saved(tmp_path / name, Image.fromarray(RAMP), icc_profile=linear_light_profile(), **options)
+    path = saved(tmp_path / name, Image.fromarray(RAMP), icc_profile=linear_light_profile(called), **options)
     expected = 255 * srgb_of_linear(RAMP / 255)
     assert np.abs(read_photo(path).colour - expected).max() <= 1.5
+
+
+def test_a_profile_of_srgb_changes_nothing_whatever_it_is_called(tmp_path: Path) -> None:
+    light = np.linspace(0, 1, 1024)
+    light = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
+    curve = b"curv" + bytes(4) + struct.pack(">I1024H", 1024, *np.rint(light * 65535).astype(int))
+    for profile in (rgb_profile(curve, "camera"), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
+        for number, picture in enumerate([RAMP, RAMP[..., 0]]):
+            path = saved(tmp_path / f"{number}.png", Image.fromarray(picture), icc_profile=profile)
+            expected = np.broadcast_to(picture.reshape(12, 20, -1), RAMP.shape)
+            assert np.array_equal(read_photo(path).colour, expected)
 
 
 def test_a_colour_profile_is_obeyed_beside_an_alpha_channel_and_in_16_bits(tmp_path: Path) -> None:
