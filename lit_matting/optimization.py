@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,6 +11,11 @@ from typing import Any
 import torch.nn as nn
 
 from lit_matting.checks import InputError
+
+log = logging.getLogger(__name__)
+
+BACKBONE = "network.backbone."
+"""Names in the part of the network that one flag swaps begin with this."""
 
 
 def parameter_groups(
@@ -26,7 +32,8 @@ def parameter_groups(
         scales: Prefix of parameter names -> factor on the learning rate; the longest matching prefix wins.
 
     Raises:
-        InputError: If a prefix matches no trainable parameter.
+        InputError: If a prefix matches no trainable parameter. One inside the backbone is only warned about: another
+            backbone in the same experiment has other parts.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     unused = set(scales)
@@ -50,6 +57,15 @@ def parameter_groups(
         known = ", ".join(
             sorted({name.rsplit(".", 2)[0] for name, p in module.named_parameters() if p.requires_grad})[:6]
         )
+        for prefix in sorted(unused):
+            if prefix.startswith(BACKBONE):
+                log.warning(
+                    "`model.learning_rate_scales` names %r, but nothing that is trained in this backbone starts like"
+                    " that: it has no effect.",
+                    prefix,
+                )
+                unused.remove(prefix)
+    if unused:
         raise InputError(
             f"`model.learning_rate_scales` names {sorted(unused)}, but no trainable parameter starts like that;"
             f" they start with {known}, ..."

@@ -1,7 +1,8 @@
-"""One experiment, any backbone: two steps and a validation by the real command, with only the backbone swapped."""
+"""One experiment, any backbone: a few steps and a validation by the real command, with only the backbone swapped."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lit_matting.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONES = ROOT / "configs" / "backbone"
+DATA_SETS = ("refmatte", "refcoco", "p3m10k", "am2k", "rm1k")
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,36 @@ def test_only_the_backbone_is_swapped(path: Path, shards: Path, pipelines: dict[
     # what is frozen is not in the checkpoint; the tiny one trains all it has
     frozen = () if kind == "TinyDiffusion" else ("text_encoder.", "image_encoder.", "features.")
     assert not [key for key in weights if key.startswith(tuple(f"network.backbone.{part}" for part in frozen))]
+
+
+@pytest.mark.slow
+def test_the_papers_training_runs_with_a_backbone_that_has_no_unet(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        Compact()
+    except InputError as error:
+        pytest.skip(str(error))
+    for name in DATA_SETS:
+        (tmp_path / name).symlink_to(shards)
+    captions = {"key": "none", "instance": "none", "text": "a caption"}
+    (shards / "train.captions.jsonl").write_text(json.dumps(captions))
+    monkeypatch.setenv("MATTING_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    smaller = ["--data.init_args.image_size=128", "--data.init_args.detail_size=32", "--data.init_args.num_workers=0"]
+    flags = [
+        f"--config={ROOT / 'configs' / 'experiment' / 'sd21_joint.yaml'}",
+        f"--model.backbone={BACKBONES / 'compact.yaml'}",
+        *smaller,
+        "--data.init_args.val.refmatte.init_args.max_phrases=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=15",
+        "--trainer.val_check_interval=15",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+    ]
+    flags += [f"--data.init_args.train.{name}.init_args.batch_size=1" for name in DATA_SETS]
+    assert main(["fit", *flags]) == 0
+    assert "names 'network.backbone.unet', but nothing that is trained in this backbone" in caplog.text
+    weights = torch.load(tmp_path / "outputs/sd21_joint/last.ckpt", weights_only=True)["state_dict"]
+    assert any(key.startswith("network.backbone.") for key in weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [path for room in ("lit_matting", "data_modules", "callbacks") for path in (ROOT / room).rglob("*.py")]
+ROWS = [line for line in (ROOT / "docs" / "PITFALLS.md").read_text().splitlines() if line[:3].strip("| ").isdigit()]
 PROBABILITIES = {"binary_cross_entropy", "BCELoss"}
 
 
@@ -56,16 +58,31 @@ def test_every_resampling_has_half_pixel_centres() -> None:
     assert all(stated)
 
 
-@pytest.mark.parametrize("line", (ROOT / "docs" / "PITFALLS.md").read_text().splitlines()[8:])
-def test_every_named_test_exists(line: str) -> None:
-    import re
+def named(cell: str) -> list[tuple[str, str]]:
+    """File and test of every name in a cell of the table; a name without a file is of the file before it."""
+    spans, found, file = re.findall(r"`([^`]*)`", cell), [], ""
+    assert spans, "a pitfall without a test"
+    for span in spans:
+        match = re.fullmatch(r"(\w+\.py)?(?:::(\w+))?", span)
+        assert match, f"{span} is no file::test written in full"
+        file = match[1] or file
+        found.append((file, match[2] or ""))
+    return found
 
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
+def test_every_named_test_exists(row: str) -> None:
     tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
-    file = ""
-    for name, test in re.findall(r"`(\w+\.py)?(?:::(\w+))?`", line):
-        file = name or file
-        if name:
-            assert name in tests, name
-        if test:
-            source = tests[file] if name else "".join(tests.values())
-            assert f"def {test}(" in source, test
+    for file, test in named(row.split("|")[4]):
+        assert file in tests, file
+        assert not test or f"def {test}(" in tests[file], f"{file}::{test}"
+
+
+def test_rows_are_all_there_and_names_that_are_cut_short_are_refused() -> None:
+    assert [int(row.split("|")[1]) for row in ROWS] == list(range(1, 18))
+    assert named("`test_a.py`, `::test_b`, [link](METRICS.md), `test_c.py::test_d`") == [
+        ("test_a.py", ""), ("test_a.py", "test_b"), ("test_c.py", "test_d"),
+    ]  # fmt: skip
+    for cut in ("`test_a.py::test_b_...`", "`test_a.py` (`test_b_...`)", "`test_b`", "none"):
+        with pytest.raises(AssertionError, match=r"written in full|without a test"):
+            named(cut)

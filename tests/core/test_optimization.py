@@ -61,6 +61,19 @@ def test_prefix_of_frozen_parameters_only_is_refused() -> None:
         parameter_groups(module, 1e-3, 0.1, {"backbone": 0.1})
 
 
+def test_scale_of_a_part_that_another_backbone_had_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.ModuleDict({"network": model()})
+    scales = {"network.backbone.unet": 0.1, "network.backbone.transformer": 0.5}
+    groups = parameter_groups(module, 1e-3, 0.1, scales)
+    assert {group["name"] for group in groups} == {
+        name for part in ("network.backbone.unet", "rest") for name in (part, f"{part}/no_decay")
+    }
+    (record,) = caplog.records
+    assert "names 'network.backbone.transformer', but nothing that is trained in this backbone" in record.message
+    with pytest.raises(InputError, match=r"names \['network.haed'\]"):
+        parameter_groups(module, 1e-3, 0.1, {**scales, "network.haed": 1.0})
+
+
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [

@@ -114,6 +114,17 @@ def test_stage_builds_the_network_that_the_next_one_goes_on_with(stage: str) -> 
     assert set(ours) - set(theirs) == ({"pruning"} if stage == "distill" else set())
 
 
+def test_own_cutouts_train_the_joint_network_at_its_rates_on_shards_of_its_size() -> None:
+    ours, joint = config("composites"), config("joint")
+    assert ours["model"] == joint["model"]
+    assert ours["data"]["init_args"]["image_size"] == joint["data"]["init_args"]["image_size"] == 512
+    assert "compose_shards.py CUTOUTS BACKGROUNDS outputs/sd21_composites/shards --size 512\n" in text("composites")
+    assert ours["trainer"]["accelerator"] == "auto"
+    small = (ROOT / "configs" / "experiment" / "composites.yaml").read_text()
+    assert "sd21_composites.yaml" in small
+    assert "sd21.yaml" not in small
+
+
 @pytest.mark.parametrize(("stage", "before"), [("matte", "ground"), ("refine", "matte"), ("distill", "refine")])
 def test_stage_is_headed_by_the_one_argument_that_goes_on_from_the_last(stage: str, before: str) -> None:
     callback = next(

@@ -82,7 +82,6 @@ def read_experiment(files: Sequence[str], flags: Sequence[str], meta: bool) -> E
         )
     config = reader.config
     config.model.initial_weights = None
-    config.model.learning_rate_scales = None
     with tempfile.TemporaryDirectory() as folder:
         without_weights(config.model.backbone, Path(folder))
         # what has no `pretrained` is small, or reads installed packages, which needs real tensors
