@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -164,14 +164,14 @@ def compare(
     return {**medians, "ratio": medians["plain_ms"] / medians["fast_ms"], "difference": difference}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; see the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--height", type=int, default=1080)
     parser.add_argument("--width", type=int, default=1920)
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each side; medians are compared")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in COMPARED}
     good = True
