@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
 from lit_matting.files import whole_file
+from lit_matting.picture_files import signature
 from lit_matting.records import MattingBatch, MattingOutput
 
 _PHRASE_BYTES = 80
@@ -50,20 +51,30 @@ class PredictionWriter(BasePredictionWriter):
 def file_name(key: str, prompt: str) -> str:
     """Return where a matte belongs inside the folder: the image's key and the phrase, as far as file systems allow.
 
+    What a file name cannot say is told by a mark, so that no two mattes have one name; it depends on nothing else,
+    because no process knows what the others write.
+
     Example:
         >>> file_name("holiday/photo_1", "the woman's hair")
         'holiday/photo_1.the-woman-s-hair.png'
+        >>> file_name("holiday/photo_1", "The woman's hair!")
+        'holiday/photo_1.the-woman-s-hair-de2b48e2.png'
     """
     # a key may come from a table of the user's: it must not lead out of the folder
-    *folders, name = [part for part in key.split("/") if part not in ("", ".", "..")] or ["matte"]
+    parts = [part for part in key.split("/") if part not in ("", ".", "..")] or ["matte"]
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-") or "matte"
     short = words.encode()[:_PHRASE_BYTES].decode(errors="ignore")
-    if short != words:
-        short = f"{short}-{zlib.crc32(words.encode()):08x}"  # long phrases may differ at their ends
+    # the one phrase that the name says without a mark; a single s is a genitive
+    said = re.sub(r"-s(?=-|$)", "'s", short).replace("-", " ")
+    if said != prompt or "/".join(parts) != key:
+        mark = zlib.crc32("\n".join([key, prompt]).encode())
+        short = f"{short}-{mark:08x}"
+    *folders, name = parts
     return "/".join([*folders, f"{name}.{short}.png"])
 
 
 def write_alpha(alpha: Any, path: Path) -> None:
     """Write an alpha (H, W) in [0, 1] as an 8-bit grey PNG, all or nothing; its folder is made if missing."""
+    picture = Image.fromarray(np.rint(np.clip(alpha, 0, 1) * 255).astype(np.uint8))
     with whole_file(path) as temporary:
-        Image.fromarray(np.rint(np.clip(alpha, 0, 1) * 255).astype(np.uint8)).save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", **signature(".png"))

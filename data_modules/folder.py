@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from data_modules.stream import received, whole_batches
 from lit_matting.checks import InputError, check_prompt
-from lit_matting.pictures import PHOTO_SUFFIXES, read_photo
+from lit_matting.pictures import PHOTO_SUFFIXES, not_made_here, photographs_in, read_photo
 from lit_matting.records import MattingBatch
 
 
@@ -21,8 +21,9 @@ class FolderSource:
     """Photographs to make mattes for, each at its own size and read as :class:`lit_matting.MattingPipeline` reads it.
 
     Args:
-        images: A folder (searched with its subfolders), a glob, one image, or a CSV table with a line `image,phrase`
-            for every matte; relative paths in a table are relative to the table's folder.
+        images: A folder (searched with its subfolders; not for what is hidden or was written here), a glob, one image,
+            or a CSV table with a line `image,phrase` for every matte; relative paths in a table are relative to the
+            table's folder.
         phrases: What to cut out of every image; several phrases give several mattes per image. Not with a table.
         name: What the batches call this data set.
     """
@@ -50,11 +51,14 @@ class FolderSource:
             raise InputError("`predict.phrases` is empty; say what to cut out, for example 'the red umbrella'.")
         if os.path.isdir(self.images):
             root = self.images
-            found = [path for path in Path(root).rglob("*") if not path.name.startswith(".")]
+            found = photographs_in(Path(root))
         else:
-            found = [Path(path) for path in glob.glob(self.images, recursive=True)]
+            found = [Path(path) for path in sorted(glob.glob(self.images, recursive=True))]
             root = os.path.commonpath([path.parent for path in found]) if found else ""
-        paths = sorted(str(path) for path in found if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+            found = [path for path in found if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
+            if glob.has_magic(self.images):
+                found = not_made_here(found, self.images)
+        paths = [str(path) for path in found]
         if not paths:
             raise InputError(f"no images at '{self.images}'; give a folder, a glob or a CSV table.")
         return [

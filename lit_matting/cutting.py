@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_matting.checks import InputError, check_prompt
-from lit_matting.pictures import PHOTO_SUFFIXES
+from lit_matting.pictures import PHOTO_SUFFIXES, not_made_here, photographs_in
 
 if TYPE_CHECKING:
     from lit_matting.pipeline import MattingPipeline
@@ -186,15 +186,13 @@ def _find(word: str) -> list[tuple[Path, Path]]:
     """Return the photographs a word stands for, with their names in the output folder."""
     path = Path(word)
     if path.is_dir():
-        found = sorted(item for item in path.rglob("*") if item.suffix.lower() in PHOTO_SUFFIXES)
-        names = [item.relative_to(path) for item in found]
-        # hidden files and folders are nobody's photographs
-        return [(item, name) for item, name in zip(found, names) if not any(part[0] == "." for part in name.parts)]
+        return [(item, item.relative_to(path)) for item in photographs_in(path)]
     if path.exists():
         return [(path, Path(path.name))]
     # a shell expands globs by itself, unless they are quoted or there is no shell
     found = sorted(Path(item) for item in glob.glob(word, recursive=True)) if glob.has_magic(word) else []
-    return [(item, Path(item.name)) for item in found if item.is_file() and item.suffix.lower() in PHOTO_SUFFIXES]
+    found = [item for item in found if item.is_file() and item.suffix.lower() in PHOTO_SUFFIXES]
+    return [(item, Path(item.name)) for item in not_made_here(found, word)]
 
 
 def _read_pairs(table: Path) -> tuple[list[tuple[Path, Path, str]], list[str]]:
@@ -251,7 +249,7 @@ def _plan(asked: Sequence[tuple[Path, Path, str]], options: argparse.Namespace) 
             mark = zlib.crc32(f"{photo.as_posix()}\n{phrase}".encode())
             output = output.with_name(f"{output.stem}.{mark:08x}.{ending}")
         jobs.append(Job(photo, phrase, output))
-    # what an earlier run wrote into the folder of the photographs is no photograph
+    # where the shell expanded a glob, what the same command wrote before is named one by one
     written = {job.output.resolve() for job in jobs}
     return [job for job in jobs if job.photo.resolve() not in written]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lit_matting.checks import InputError
-from lit_matting.pictures import as_integers, reason
+from lit_matting.pictures import MADE_BY, as_integers, reason
 
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats written with 16 bits a channel."""
@@ -31,6 +32,19 @@ def check_format(suffix: str, bits: int, alpha_channel: bool) -> None:
         raise InputError(f"16 bits need {' or '.join(DEEP_SUFFIXES)}, {suffix} has 8.")
     if alpha_channel and suffix in OPAQUE_SUFFIXES:
         raise InputError(f"{suffix} has no transparency: write .png, .webp or .tif, or give a background.")
+
+
+def signature(suffix: str) -> dict[str, Any]:
+    """Return the arguments of PIL's ``save`` by which a file names the software that wrote it; a BMP cannot."""
+    if suffix == ".bmp":
+        return {}
+    if suffix == ".png":
+        text = PngInfo()
+        text.add_text("Software", MADE_BY)
+        return {"pnginfo": text}
+    exif = Image.Exif()
+    exif[0x0131] = MADE_BY
+    return {"exif": exif}
 
 
 def encode_picture(values: np.ndarray, suffix: str, bits: int = 8) -> bytes:
@@ -58,7 +72,7 @@ def encode_picture(values: np.ndarray, suffix: str, bits: int = 8) -> bytes:
     }.get({".jpeg": ".jpg"}.get(suffix, suffix), {"format": "TIFF", "compression": "tiff_adobe_deflate"})
     buffer = io.BytesIO()
     try:
-        Image.fromarray(array).save(buffer, **options)
+        Image.fromarray(array).save(buffer, **options, **signature(suffix))
     except (OSError, ValueError) as error:
         height, width = array.shape[:2]
         raise InputError(f"a picture of {width} x {height} cannot be written as {suffix}: {reason(error)}.") from error
@@ -75,7 +89,10 @@ def _encode_deep(array: np.ndarray, suffix: str) -> bytes:
     whole, data = cv2.imencode(suffix, array)
     if not whole:
         raise InputError(f"a picture of {array.shape[1]} x {array.shape[0]} cannot be written as {suffix} in 16 bits.")
-    return data.tobytes()
+    text = f"Software\0{MADE_BY}".encode("latin-1")
+    chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
+    whole_file = data.tobytes()
+    return whole_file[:33] + chunk + whole_file[33:]  # behind the signature and the header
 
 
 def _deep_tiff(array: np.ndarray) -> bytes:
@@ -83,7 +100,7 @@ def _deep_tiff(array: np.ndarray) -> bytes:
     height, width = array.shape[:2]
     channels = 1 if array.ndim == 2 else array.shape[2]
     pixels = zlib.compress(array.astype("<u2").tobytes(), 6)
-    # tag, type (3: 16 bits, 4: 32 bits), values
+    # tag, type (2: text, 3: 16 bits, 4: 32 bits), values
     tags: list[tuple[int, int, tuple[int, ...]]] = [
         (256, 4, (width,)),
         (257, 4, (height,)),
@@ -95,6 +112,7 @@ def _deep_tiff(array: np.ndarray) -> bytes:
         (278, 4, (height,)),  # rows in the strip
         (279, 4, (len(pixels),)),
         (284, 3, (1,)),  # channels interleaved
+        (305, 2, (*MADE_BY.encode(), 0)),
     ]
     if channels == 4:
         tags.append((338, 3, (2,)))  # straight alpha
@@ -102,7 +120,7 @@ def _deep_tiff(array: np.ndarray) -> bytes:
     behind = directory + 2 + 12 * len(tags) + 4
     entries, more = b"", b""
     for tag, kind, values in tags:
-        data = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        data = struct.pack(f"<{len(values)}{' BHI'[kind - 1]}", *values)
         if len(data) > 4:  # does not fit into the entry
             place, more = struct.pack("<I", behind + len(more)), more + data
         else:

@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif")
 """What is taken from a folder; a file named one by one may end in anything."""
+MADE_BY = "lit_matting"
+"""The software that every picture written here names in its file."""
+_WRITTEN = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
 WHITE_LEVEL: dict[str, int] = {"uint8": 255, "uint16": 65535, "float32": 1}
 # what a decoder raises on a file that is damaged, or made to be
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, struct.error)
@@ -67,6 +71,48 @@ def as_integers(values: np.ndarray, bits: int = 8) -> np.ndarray:
     return np.rint(np.clip(values, 0, 1) * level).astype(dtype)
 
 
+# --- finding --------------------------------------------------------------------------------------
+
+
+def photographs_in(folder: Path) -> list[Path]:
+    """Return the photographs of a folder and its subfolders, sorted: neither hidden ones nor what was written here."""
+    found = sorted(item for item in folder.rglob("*") if item.suffix.lower() in PHOTO_SUFFIXES and not item.is_dir())
+    shown = [item for item in found if not any(part.startswith(".") for part in item.relative_to(folder).parts)]
+    return not_made_here(shown, str(folder))
+
+
+def not_made_here(paths: Sequence[Path], place: str) -> list[Path]:
+    """Return the pictures that earlier runs did not write, and log how many they wrote.
+
+    Args:
+        paths: The pictures.
+        place: Where they were found.
+    """
+    kept = [path for path in paths if not _made_here(path)]
+    if len(kept) < len(paths):
+        log.warning(
+            "%d of the pictures in '%s' were written by lit_matting and are left out; one that is meant must be named"
+            " by itself.",
+            len(paths) - len(kept),
+            place,
+        )
+    return kept
+
+
+def _made_here(path: Path) -> bool:
+    if path.suffix.lower() not in _WRITTEN:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                # a PNG would be decoded for its EXIF data
+                software = image.info.get("Software") if image.format == "PNG" else image.getexif().get(0x0131)
+    except (*_DAMAGED, Image.DecompressionBombError):
+        return False  # reading it says what is wrong
+    return software == MADE_BY
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -74,12 +120,15 @@ def read_photo(source: Any) -> Photo:
     """Return a photograph from a path, a PIL image, an array or a tensor.
 
     Args:
-        source: A path; a PIL image of any mode; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a tensor
-            (C, H, W) or (1, C, H, W). Arrays and tensors are uint8, uint16, bool, or floats in [0, 1].
+        source: A path; a :class:`Photo`, which is returned; a PIL image of any mode; an array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4); or a tensor (C, H, W) or (1, C, H, W). Arrays and tensors are uint8,
+            uint16, bool, or floats in [0, 1].
 
     Raises:
         InputError: If there is no such file, it is no whole image, or the array has another shape or range.
     """
+    if isinstance(source, Photo):
+        return source
     if isinstance(source, (str, os.PathLike)):
         return _read_file(Path(source))
     if isinstance(source, Image.Image):
@@ -108,8 +157,7 @@ def _read_file(path: Path) -> Photo:
         raise InputError(f"there is no image {str(path)!r}.")
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder, not an image.")
-    if path.suffix.lower() in (".heic", ".heif"):
-        _register_heif(path)
+    register_opener(path)
     try:
         with warnings.catch_warnings():
             # of a picture with many pixels; what is too many is an error all the same
@@ -135,7 +183,14 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _register_heif(path: Path) -> None:
+def register_opener(path: Path) -> None:
+    """Let PIL open a file of this name, where that needs a plug-in.
+
+    Raises:
+        InputError: If the plug-in is not installed.
+    """
+    if path.suffix.lower() not in (".heic", ".heif"):
+        return
     try:
         import pillow_heif
     except ImportError as error:

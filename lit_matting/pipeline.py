@@ -182,8 +182,11 @@ class MattingPipeline(ModelHubMixin):
             :class:`MattingResult`; nested in lists as the arguments are.
 
         Raises:
-            InputError: If an image cannot be used, a phrase has no words, or the lists differ in length.
+            InputError: If an image cannot be used, a phrase has no words, the lists differ in length, or the batch size
+                is below 1.
         """
+        if batch_size < 1:
+            raise InputError(f"`batch_size` must be at least 1, got {batch_size}.")
         if isinstance(image, (list, tuple)):
             if not isinstance(phrase, str) and len(phrase) != len(image):
                 raise InputError(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lit_matting.checks import InputError, check_prompt
-from lit_matting.pictures import colour_values, read_photo
+from lit_matting.pictures import Photo, colour_values, read_photo, register_opener
 from lit_matting.pipeline import EncodedPhoto, MattingPipeline
 from lit_matting.results import MattingResult
 
@@ -84,19 +84,21 @@ class Desk:
         return None
 
     def _encode(self, path: str) -> EncodedPhoto:
-        self._look_at_header(path)
-        encoded = self.matting.encode(path)
-        self._check_size(*encoded.photo.size)
-        return encoded
+        photo = self._photo(path)
+        return self.matting.encode(photo)
 
     def _colours(self, path: str) -> np.ndarray:
+        return self._photo(path).colour
+
+    def _photo(self, path: str) -> Photo:
         self._look_at_header(path)
         photo = read_photo(path)
-        self._check_size(*photo.size)
-        return photo.colour
+        self._check_size(*photo.size)  # whatever the header said
+        return photo
 
     def _look_at_header(self, path: str) -> None:
         """Refuse a picture with too many pixels before they take up memory."""
+        register_opener(Path(path))  # without its plug-in PIL knows nothing of a file, and reading it asks nobody
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

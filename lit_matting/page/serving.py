@@ -125,7 +125,7 @@ def _serve(
     page.queue(max_size=32)
     fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
     page.launch(
-        server_name=options.host,
+        server_name=_in_address(options.host),
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
@@ -148,12 +148,21 @@ def _serve(
         theme=gr.themes.Default(primary_hue="indigo", font=fonts, font_mono=["ui-monospace", "monospace"]),
         css_paths=STYLE,
     )
-    address = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{port}"
     if not private:
         log.warning("whoever reaches this machine can use the page: there is no password.")
-    print(f"Open {address} in a browser; Ctrl+C stops.", flush=True)
+    print(f"Open {address(options.host, port)} in a browser; Ctrl+C stops.", flush=True)
     stop.wait()
     page.close(verbose=False)
+
+
+def _in_address(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def address(host: str, port: int) -> str:
+    """Return what to type into a browser on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{_in_address(host)}:{port}"
 
 
 def free_port(host: str, port: int | None) -> int:

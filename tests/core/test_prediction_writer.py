@@ -51,6 +51,26 @@ def test_phrases_of_one_image_each_have_a_file() -> None:
     assert file_name("photo", long + "small dog") != file_name("photo", long + "small cat")
 
 
+def test_what_a_name_cannot_say_does_not_make_two_mattes_one_file() -> None:
+    keys = ["a.jpg", "../a.jpg", "./a.jpg", "b/a.jpg", "b/../a.jpg", "/a.jpg"]
+    phrases = ["the dog", "the dog!", "The dog", "the-dog", "the  dog", "the dog's", "the dog s", "the dogs", "!?", "?"]
+    phrases += ["matte", "ein Strauß", "ein strauß", "红色的雨伞" * 40, "红色的雨伞" * 41]
+    names = {file_name(key, phrase).casefold() for key in keys for phrase in phrases}
+    assert len(names) == len(keys) * len(phrases)
+
+
+@pytest.mark.parametrize(
+    ("key", "phrase", "name"),
+    [
+        ("a.jpg", "the dog", "a.jpg.the-dog.png"),
+        ("b/a.jpg", "the girl's 2 dogs", "b/a.jpg.the-girl-s-2-dogs.png"),
+        ("a.jpg", "红色的雨伞", "a.jpg.红色的雨伞.png"),
+    ],
+)
+def test_ordinary_names_are_nothing_but_image_and_phrase(key: str, phrase: str, name: str) -> None:
+    assert file_name(key, phrase) == name
+
+
 @pytest.mark.parametrize("key", ["../../etc/photo", "/etc/photo", "a/../../photo", ".", ""])
 def test_no_key_leads_out_of_the_folder(tmp_path: Path, key: str) -> None:
     path = (tmp_path / "out" / file_name(key, "a dog")).resolve()

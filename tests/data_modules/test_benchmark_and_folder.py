@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from callbacks.prediction_writer import write_alpha
 from data_modules import BenchmarkSource, FolderSource, InterleavedDataModule, PredictionShards
 from data_modules.benchmark import BenchmarkLoader, Question, even_batches
 from data_modules.shards import InstanceEntry, ShardIndex, ShardWriter
@@ -139,7 +140,9 @@ def photographs(tmp_path: Path) -> Path:
     cv2.imwrite(str(folder / "a.png"), rng.integers(0, 255, (7, 11, 3), dtype=np.uint8))
     cv2.imwrite(str(folder / "sub" / "b.jpg"), rng.integers(0, 255, (9, 5), dtype=np.uint8))
     (folder / "notes.txt").write_text("no image")
-    (folder / ".hidden.jpg").write_text("no image either")
+    for hidden in (".hidden.jpg", ".trash/c.jpg", "sub/.thumbnails/b.png"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_text("no image either")
     return folder
 
 
@@ -154,6 +157,17 @@ def test_folder_gives_every_image_with_every_phrase_at_its_own_size(photographs:
     }
     shared = [key for rank in range(3) for batch in source.loader(rank, 3) for key in batch.keys]
     assert Counter(shared) == {"a.png": 2, "sub/b.jpg": 2}
+
+
+def test_mattes_of_an_earlier_run_are_no_photographs(photographs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (photographs / "a.2.png").write_bytes((photographs / "a.png").read_bytes())
+    write_alpha(np.zeros((7, 11)), photographs / "a.png.the-dog.png")
+    for images in (str(photographs), f"{photographs}/**/*.*"):
+        keys = [key for _, key, _ in FolderSource(images, "a cat").questions()]
+        assert sorted(keys) == ["a.2.png", "a.png", "sub/b.jpg"]
+        assert f"1 of the pictures in '{images}' were written by lit_matting" in caplog.text
+    named = FolderSource(str(photographs / "a.png.the-dog.png"), "a cat").questions()
+    assert [key for _, key, _ in named] == ["a.png.the-dog.png"], "named by itself, it is meant"
 
 
 def test_table_pairs_images_and_phrases(photographs: Path) -> None:

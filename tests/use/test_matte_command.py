@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,33 @@ def test_the_output_of_one_run_is_not_the_input_of_the_next(desk: Path, matte: C
         assert matte("photos", "the dog", "-o", "photos") == 0
     names = sorted(path.name for path in (desk / "photos").rglob("[!.]*.*"))
     assert names == ["a.png", "a.the-dog.png", "b.jpg", "b.the-dog.png", "c.png", "c.the-dog.png"]
+
+
+def test_what_earlier_runs_wrote_is_no_photograph_whatever_they_were_asked_for(
+    desk: Path, matte: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.open("photos/a.png").save("photos/a.2.png")  # of the person's own, whatever it is called
+    shutil.copy("photos/b.jpg", "photos/trip/b.the-dog.jpg")
+    assert matte("photos", "the dog", "-o", "photos") == 0
+    assert matte("photos", "the dog", "-o", "photos", "--format", "webp") == 0
+    assert matte("photos", "the dog", "-o", "photos", "--format", "jpg", "--background", "white") == 0
+    assert matte("photos/**/*.*", "a cat", "-o", "photos", "--bits", "16") == 0
+    assert matte("photos", "a cat", "-o", "photos", "--format", "tiff") == 0
+    assert matte("photos", "a cat", "-o", "photos", "--format", "tiff", "--bits", "16", "--overwrite") == 0
+    capsys.readouterr()
+    assert matte("photos", "the sky", "-o", "out") == 0
+    assert capsys.readouterr().err.endswith("5 made\n")
+    made = sorted(path.relative_to(desk / "out").as_posix() for path in (desk / "out").rglob("*.*"))
+    names = ["a.2.the-sky.png", "a.the-sky.png", "b.the-sky.png", "trip/b.the-dog.the-sky.png", "trip/c.the-sky.png"]
+    assert made == names
+    assert matte("photos/a.the-dog.png", "the sky", "-o", "again") == 0, "named by itself, it is meant"
+    assert [path.name for path in (desk / "again").iterdir()] == ["a.the-dog.the-sky.png"]
+
+
+def test_pictures_left_out_are_counted(desk: Path, matte: Callable[..., int], caplog: pytest.LogCaptureFixture) -> None:
+    assert matte("photos/a.png", "the dog", "-o", "made/") == 0
+    assert matte("made", "the cat") == 2
+    assert "1 of the pictures in 'made' were written by lit_matting and are left out" in caplog.text
 
 
 def test_globs_that_the_shell_left_are_expanded(desk: Path, matte: Callable[..., int]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from lit_matting.cli import main
 from lit_matting.page.desk import Desk, Sorry, verdict
 from lit_matting.page.paths import ALIAS, HiddenFolder
-from lit_matting.page.serving import free_port
+from lit_matting.page.serving import address, free_port
 from lit_matting.page.views import (
     FOREGROUND,
     TRANSITION,
@@ -25,6 +25,7 @@ from lit_matting.page.views import (
     small_cutout,
     trimap_overlay,
 )
+from lit_matting.pictures import Photo
 from lit_matting.pipeline import MattingPipeline
 from lit_matting.results import MattingResult
 
@@ -145,6 +146,28 @@ def test_every_mistake_is_said_in_words_and_without_the_servers_folders(
     said["bug"] = sorry(lambda: desk.cut(photo, "the dog"))
     assert said["bug"].startswith("Something went wrong here")
     assert not any(str(tmp_path) in text or "/" in text for text in said.values()), said
+
+
+def test_heic_with_too_many_pixels_is_refused_before_it_is_decoded(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra `heic`")
+    path = str(tmp_path / "phone.heic")
+    heif.from_pillow(Image.new("RGB", (200, 150))).save(path)
+    # the first HEIC of a process: nobody has told PIL of the plug-in
+    monkeypatch.setattr(Image, "OPEN", {name: opener for name, opener in Image.OPEN.items() if name != "HEIF"})
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    monkeypatch.setattr("lit_matting.page.desk.read_photo", pytest.fail)
+    for work in (lambda: desk.cut(path, "the dog"), lambda: desk.background("picture", "", path)):
+        assert sorry(work).startswith("That picture has 200 × 150 pixels (0.03 megapixels); up to 0.02")
+
+
+def test_what_a_header_did_not_tell_is_found_before_the_network_runs(
+    desk: Desk, photo: str, monkeypatch: pytest.MonkeyPatch, picture: Callable[..., np.ndarray]
+) -> None:
+    monkeypatch.setattr("lit_matting.page.desk.read_photo", lambda path: Photo(picture(150, 200)))
+    monkeypatch.setattr(desk, "matting", None)  # whatever is asked of it fails
+    assert sorry(lambda: desk.cut(photo, "the dog")).startswith("That picture has 200 × 150 pixels")
 
 
 @pytest.mark.parametrize(
@@ -373,6 +396,14 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert all(option in said for option in ("--checkpoint", "--port", "--host", "--max-megapixels", "--device"))
+
+
+def test_address_of_a_host_is_one_that_a_browser_takes() -> None:
+    assert address("127.0.0.1", 7860) == "http://127.0.0.1:7860"
+    assert address("::1", 7860) == "http://[::1]:7860"
+    # every address of the machine is no address to go to
+    assert address("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert address("::", 80) == "http://[::1]:80"
 
 
 def test_a_free_port_is_taken_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,8 @@ def test_a_list_of_mixed_sizes_is_the_same_as_one_by_one(
 def test_images_and_phrases_that_do_not_match_are_refused(matting: MattingPipeline, photograph: np.ndarray) -> None:
     with pytest.raises(InputError, match="2 images need one phrase, or as many, got 3"):
         matting([photograph, photograph], PHRASES)
+    with pytest.raises(InputError, match="`batch_size` must be at least 1, got 0"):
+        matting([photograph], PHRASES[0], batch_size=0)
     with pytest.raises(InputError, match=r"`phrase` has no words: got ' \?!'"):
         matting(photograph, " ?!")
     with pytest.raises(InputError, match=r"`phrase` has no words"):
