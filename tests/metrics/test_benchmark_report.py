@@ -25,6 +25,7 @@ from lit_matting.checks import InputError
 from lit_matting.metrics.protocol import FOLDER
 from lit_matting.metrics.referring import ReferringScore
 from lit_matting.metrics.report import figure, file_digest, kind_table, markdown_table, overview_table, to_json
+from lit_matting.module import LitMatting
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -182,10 +183,11 @@ def test_our_own_loaders_are_seen_in_a_run(tmp_path) -> None:
     ]
 
 
-def test_errors_at_each_images_own_size_are_what_the_source_hands_out(tmp_path) -> None:
+def test_errors_at_each_images_own_size_are_what_the_source_hands_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(worker.StandIn, "interpolation", LitMatting.interpolation, raising=False)
     path = squares_protocol(tmp_path, metric_size="native")
     for name, size, words in (
-        ("native", None, ["interpolation not known instead of area"]),
+        ("native", None, ["interpolation antialiased bilinear instead of area"]),
         ("resized", 48, ["errors at 48 x 48 instead of each image's own size"]),
     ):
         worker.run(tmp_path / name, images=3, protocol=path, told={**TOLD, "image_size": size}, pictures=0)
