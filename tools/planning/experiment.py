@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
+from lit_matting.backbones.base import Backbone
+from lit_matting.checkpoints import make_network, read_checkpoint
 from lit_matting.checks import InputError
 from lit_matting.module import LitMatting
+from lit_matting.networks.matting_network import MattingNetwork
+from lit_matting.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Experiment:
 
 def read_experiment(files: Sequence[str], flags: Sequence[str], meta: bool) -> Experiment:
     """Parse configuration files as ``fit`` does and build the model; nothing is loaded, downloaded or written.
+
+    A student has a teacher: the network of the checkpoint that ``--model.teacher`` names, or else its own before it was
+    pruned.
 
     Args:
         files: As after ``--config``, in their order.
@@ -82,6 +89,7 @@ def read_experiment(files: Sequence[str], flags: Sequence[str], meta: bool) -> E
         )
     config = reader.config
     config.model.initial_weights = None
+    teaching, config.model.teacher = config.model.get("teacher"), None
     with tempfile.TemporaryDirectory() as folder:
         without_weights(config.model.backbone, Path(folder))
         # what has no `pretrained` is small, or reads installed packages, which needs real tensors
@@ -91,9 +99,16 @@ def read_experiment(files: Sequence[str], flags: Sequence[str], meta: bool) -> E
         config.trainer, trainer = {}, config.trainer
         with chosen:
             model = reader.parser.instantiate_classes(config).model
-    assert isinstance(model, LitMatting)
+            assert isinstance(model, LitMatting)
+            taught = any(term.needs_teacher for term in model.objective.terms.values())
+            teacher = _teacher(reader.parser, config, teaching, Path(folder)) if taught else None
     if meta:
         model = model.to("meta")
+    if teacher is not None:
+        if meta:
+            for network in (model.network, teacher.to("meta")):
+                _pretend_weights(network.backbone)
+        model.teacher = Teacher(teacher, model.network)
     sources = config.data.init_args.get("train") or {}
     sizes = [source.init_args.get("batch_size") or 1 for source in sources.values()]
     return Experiment(
@@ -148,6 +163,26 @@ def without_weights(backbone: Any, folder: Path) -> None:
     for name in ("tokenizer", "autoencoder", "revision"):
         if name in given:
             given[name] = None
+
+
+def _teacher(parser: Any, config: Any, checkpoint: str | None, folder: Path) -> MattingNetwork:
+    """Build what a student is distilled from: what a checkpoint describes, or the student's own before pruning."""
+    if checkpoint is not None:
+        description = read_checkpoint(checkpoint).network
+        without_weights(description["backbone"], folder)
+        return make_network(description)
+    whole = config.clone()
+    if "pruning" in (whole.model.backbone.get("init_args") or {}):
+        whole.model.backbone.init_args.pruning = None
+    return parser.instantiate_classes(whole).model.network
+
+
+def _pretend_weights(backbone: Backbone) -> None:
+    """Let frozen parts of one shape count as the same weights: those of tensors without contents have no sum."""
+    backbone._frozen_hashes = {
+        name: str([(key, value.dtype, value.shape) for key, value in part.state_dict().items()])
+        for name, part in backbone.frozen_modules().items()
+    }
 
 
 def _average(callbacks: Sequence[Any]) -> str:

@@ -21,6 +21,8 @@ from lit_matting.records import MattingBatch
 from tools.planning.memory import FusedAttentionOnCPU, MemoryTracker
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+TEACHER = "teacher"
+"""The part that only training has."""
 MEASURED_ROWS = 150_000
 """Pixels that the refiner is measured on at most; its memory and time grow in proportion."""
 
@@ -74,6 +76,11 @@ def parts_of(model: LitMatting) -> dict[str, list[nn.Module]]:
     parts["heads"] = [*heads, *([network.project] if network.project is not None else [])]
     if network.refiner is not None:
         parts["refiner"] = [network.refiner]
+    if model.teacher is not None:
+        # what it shares with the student is in the rows above
+        theirs, shared = model.teacher.network, model.teacher.shared
+        parts[TEACHER] = [module for name, module in theirs.backbone.named_children() if name not in shared]
+        parts[TEACHER] += [module for module in theirs.children() if module is not theirs.backbone]
     return {name: modules for name, modules in parts.items() if any(True for m in modules for _ in m.parameters())}
 
 
@@ -92,7 +99,7 @@ def training_step(
         cost: Of the refiner, if there is one.
         foreach: Let the optimizer work on all parameters at once, as it does on a GPU.
     """
-    model = copy.deepcopy(model)
+    model = _copy(model)
     result = Step()
     with _without_contents(model) as (tracker, counter), _stand_in(model.network.refiner, cost):
         model.train()
@@ -104,7 +111,9 @@ def training_step(
         for index in range(2):
             data = random_batch(batch, size)
             tracker.restart()
-            watched = _watch(model, tracker, result) if index else contextlib.nullcontext()
+            watched = contextlib.nullcontext()
+            if index:
+                watched = _watch(model, tracker, result, result.flops_by_part, counter)
             with counter, watched, torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST):
                 tracker.moment = "forward pass"
                 loss = model.training_step(data, index)
@@ -128,7 +137,8 @@ def training_step(
 
 def prediction(model: LitMatting, batch: int, size: int, precision: str, cost: RefinerCost | None) -> Step:
     """Return what matting ``batch`` photographs of ``size`` pixels takes; arguments as of :func:`training_step`."""
-    model = copy.deepcopy(model)
+    model = _copy(model)
+    model.teacher = None
     result = Step()
     with _without_contents(model) as (tracker, counter), _stand_in(model.network.refiner, cost):
         model.eval()
@@ -144,6 +154,17 @@ def prediction(model: LitMatting, batch: int, size: int, precision: str, cost: R
         result.flops += cost.forward_flops
         result.flops_by_part["refiner"] = cost.forward_flops
     return result
+
+
+def _copy(model: LitMatting) -> LitMatting:
+    """Return a copy of the model, with a teacher of its own."""
+    copied = copy.deepcopy(model)
+    if model.teacher is not None:
+        copied.teacher = copy.copy(model.teacher)
+        copied.teacher.network = copy.deepcopy(model.teacher.network)
+        for name in model.teacher.shared:
+            copied.teacher.network.backbone.set_submodule(name, copied.network.backbone.get_submodule(name))
+    return copied
 
 
 def phrases(count: int) -> list[str]:
@@ -185,8 +206,10 @@ def _without_contents(model: LitMatting) -> Iterator[tuple[MemoryTracker, FlopCo
     flops[aten._scaled_dot_product_flash_attention_for_cpu] = attention
     flops[aten._scaled_dot_product_flash_attention_for_cpu_backward] = attention_backward
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_contents(model)
-        for tensor in (*model.parameters(), *model.buffers()):
+        # in a list, a module that student and teacher share is once
+        everything = nn.ModuleList([model] if model.teacher is None else [model, model.teacher.network])
+        _give_contents(everything)
+        for tensor in (*everything.parameters(), *everything.buffers()):
             tracker.add(tensor)
         with tracker, FusedAttentionOnCPU():
             yield tracker, FlopCounterMode(display=False, custom_mapping=flops)
