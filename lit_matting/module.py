@@ -110,6 +110,7 @@ class LitMatting(pl.LightningModule):
         self.trainable = trainable
         self.trimap_kernel = trimap_kernel
         self._sharded = False
+        self._given_weights = False
         self.strict_loading = False  # frozen parts are not in checkpoints; load_state_dict checks the rest itself
         self._freeze()
         self.teacher = None if teacher is None else Teacher.from_checkpoint(teacher, self.network)
@@ -117,6 +118,7 @@ class LitMatting(pl.LightningModule):
             self._start_from(initial_weights)
         elif self.teacher is not None:
             self.teacher.start(self.network)
+            self._given_weights = True
         self.val_score = ReferringScore(baselines=False)
         names = ("alpha", "alpha_lr", "trimap", "grounding")
         self.test_scores = nn.ModuleDict({name: ReferringScore(baselines=name == "alpha") for name in names})
@@ -202,6 +204,18 @@ class LitMatting(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        # here and not earlier: a checkpoint to go on from has been read by now, whatever the strategy
+        if self._given_weights or self.trainer.ckpt_path:
+            return
+        parts = {name: list(part.parameters()) for name, part in self.network.named_children() if name != "backbone"}
+        frozen = [name for name, weights in parts.items() if any(not weight.requires_grad for weight in weights)]
+        if frozen:
+            raise InputError(
+                f"`model.trainable` leaves {', '.join(frozen)} as built, with random weights: add"
+                " --model.initial_weights CKPT, a checkpoint of the stage before."
+            )
 
     def configure_optimizers(self) -> Any:
         probe = self.make_optimizer([nn.Parameter(torch.zeros(1))])
@@ -352,6 +366,7 @@ class LitMatting(pl.LightningModule):
                 "the checkpoint was trained with another network than the config describes:"
                 f" {str(error).splitlines()[-1].strip()}"
             ) from error
+        self._given_weights = True
         missing = [key for key in result.missing_keys if not (frozen and key.startswith(frozen))]
         if missing or result.unexpected_keys:
             raise InputError(
@@ -363,7 +378,8 @@ class LitMatting(pl.LightningModule):
 
     def _start_from(self, path: str) -> None:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, not read: of optimizer states and an average, in every process, nothing reaches memory
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError as error:
             raise InputError(f"`model.initial_weights`: there is no file {path!r}.") from error
         except Exception as error:  # whatever a file of another kind makes the unpickler stumble over

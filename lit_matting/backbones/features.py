@@ -78,6 +78,8 @@ class EfficientNetLite0(FeatureNetwork):
 class TransformersFeatures(FeatureNetwork):
     """Any pyramid that transformers' AutoBackbone reads: ConvNeXt, ResNet, Swin and others.
 
+    There is none for timm: it requires torchvision, which nothing here does.
+
     Args:
         pretrained: Folder or hub id in transformers' layout.
         levels: How many levels to use, counted from the coarsest; those finer than stride 8 are never used.

@@ -131,7 +131,19 @@ class DiffusionBackbone(Backbone):
         if not torch.is_autocast_enabled(latent.device.type):
             levels = [level.to(latent.dtype) for level in levels]
         features = dict(zip(self.channels, reversed(levels)))
-        return BackboneOutput(features=features, attention=self.store.take(), text=text)
+        attention = self.store.take()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_gradients(attention)
+        return BackboneOutput(features=features, attention=attention, text=text)
+
+    def _check_gradients(self, attention: dict[str, Tensor]) -> None:
+        """Refuse maps through which nothing would be learned: a loss on them would be a number like any other."""
+        for name, maps in attention.items():
+            if not maps.requires_grad and self.unet.get_submodule(f"{name}.attn2.to_q").weight.requires_grad:
+                raise InputError(
+                    f"the attention map of {name} carries no gradient, though its layer is trained: gradient"
+                    " checkpointing of the UNet must be the kind with `use_reentrant=False`."
+                )
 
     def conditions(self, latent: Tensor, text: TextFeatures) -> dict[str, Any]:
         """Return what else the UNet wants to be told; the phrase as a whole, if it has a place for it."""

@@ -62,6 +62,7 @@ def fit(make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch,
         options.setdefault("optimizer", lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
         options.setdefault("schedule", Constant())  # not a function of the last step
         model, record = make_model(**options), Record()
+        model.load_state_dict(model.state_dict())  # a stage that freezes parts goes on from weights
         path = tmp_path / f"{steps}.ckpt"
 
         class Save(pl.Callback):

@@ -75,6 +75,7 @@ def test_frozen_modules_are_in_eval_mode_while_the_trainer_trains(
 ) -> None:
     # the trainer does not call train(): it keeps the modes it finds, also after validation
     model = make_model(trainable=REFINER_STAGE)
+    model.load_state_dict(model.state_dict())  # a stage goes on from weights
     modes: list[dict[str, bool]] = []
 
     class Watch(pl.Callback):
@@ -368,6 +369,7 @@ def test_checkpoint_of_a_stage_keeps_what_only_the_stage_froze(
     make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
     model = make_model(trainable=REFINER_STAGE)
+    model.load_state_dict(model.state_dict())  # a stage goes on from weights
     checkpoint = saved(model, make_trainer, make_batch(), tmp_path / "a.ckpt")
     assert set(checkpoint["state_dict"]) == set(model.state_dict())
 
@@ -383,6 +385,41 @@ def test_next_stage_starts_from_the_last_ones_weights(
         same = torch.equal(value, first.state_dict()[name])
         # what is not in the checkpoint is as its own backbone made it
         assert same or name.startswith("network.backbone.image_encoder."), name
+
+
+def test_stage_that_would_train_on_frozen_random_parts_is_refused(
+    make_model: MakeModel, make_trainer: MakeTrainer, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    whole, path = make_model(), tmp_path / "a.ckpt"
+    saved(whole, make_trainer, make_batch(), path)
+    said = (
+        r"`model.trainable` leaves neck, coarse_trimap_head, grounding_head, trimap_head, alpha_head as built, with"
+        r" random weights: add --model.initial_weights CKPT"
+    )
+    with pytest.raises(InputError, match=said):
+        make_trainer().fit(make_model(trainable=REFINER_STAGE), loader(make_batch()))
+    # from the last stage's weights it trains, and a backbone of published weights may be frozen from the start
+    make_trainer().fit(make_model(trainable=REFINER_STAGE, initial_weights=str(path)), loader(make_batch()))
+    heads = [f"network.{name}" for name, _ in whole.network.named_children() if name != "backbone"]
+    make_trainer().fit(make_model(trainable=heads), loader(make_batch()))
+    # and so it does where a stage goes on from its own checkpoint
+    resumed = make_model(trainable=REFINER_STAGE, initial_weights=str(path))
+    own = tmp_path / "own.ckpt"
+    saved(resumed, make_trainer, make_batch(), own)
+    again = make_model(trainable=REFINER_STAGE)
+    make_trainer(max_steps=2).fit(again, loader(make_batch()), ckpt_path=own, weights_only=True)
+    assert again.global_step == 2
+
+
+def test_weights_to_start_from_are_mapped_and_not_read(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"state_dict": make_model().state_dict()}, tmp_path / "a.ckpt")
+    given: list[dict[str, object]] = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: given.append(options) or load(path, **options))
+    make_model(initial_weights=str(tmp_path / "a.ckpt"))
+    assert given == [{"map_location": "cpu", "weights_only": True, "mmap": True}]
 
 
 def test_missing_and_unexpected_weights_are_counted_and_named(make_model: MakeModel) -> None:

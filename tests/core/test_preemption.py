@@ -89,6 +89,56 @@ def test_processes_ask_each_other_at_every_nth_step_and_a_signal_waits_for_it(
     assert torch.load(tmp_path / "preempted.ckpt", weights_only=True)["global_step"] == 6
 
 
+@pytest.mark.parametrize(
+    ("job", "named"),
+    [
+        ({"SLURM_JOB_ID": "71"}, "71"),
+        ({"SLURM_JOB_ID": "73", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}, "70_3"),
+        ({}, None),
+    ],
+)
+def test_inside_slurm_the_job_is_requeued_once_and_after_the_checkpoint_is_there(
+    job: dict[str, str],
+    named: str | None,
+    fit: Callable[..., pl.Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = fake_scontrol(tmp_path, monkeypatch, f"ls {tmp_path}/preempted.ckpt")
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        fit(Preemption(), SignalAtStep(1), max_steps=3)
+    assert ended.value.code == 75
+    said = calls.read_text().splitlines() if calls.is_file() else []
+    assert said == ([] if named is None else [f"requeue {named}", f"{tmp_path}/preempted.ckpt"])
+
+
+def test_a_job_that_is_not_to_be_requeued_or_cannot_be_is_still_saved(
+    fit: Callable[..., pl.Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = fake_scontrol(tmp_path, monkeypatch, "echo no such job >&2; exit 1")
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    for asked in (False, True):
+        with pytest.raises(SystemExit):
+            fit(Preemption(requeue=asked), SignalAtStep(1), max_steps=3)
+        assert (tmp_path / "preempted.ckpt").is_file()
+        assert calls.is_file() == asked
+    assert "The job could not be requeued (no such job): submit it again." in caplog.text
+
+
+def fake_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, then: str) -> Path:
+    """Put a command of this name before all others; it writes down what it is called with, and what ``then`` prints."""
+    script = folder / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/bash\necho "$@" >> {folder}/calls\nexec >> {folder}/calls\n{then}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    return folder / "calls"
+
+
 def test_no_step_to_ask_at_is_refused() -> None:
     with pytest.raises(InputError, match=r"`every_n_steps` of Preemption must be 1 or more, got 0"):
         Preemption(every_n_steps=0)
