@@ -206,11 +206,12 @@ def _from_pil(image: Image.Image) -> Photo:
     if image.mode.startswith(("I", "F")):
         return Photo(_three(_grey_levels(np.asarray(image))))
     opacity = None
+    grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         image = image.convert("RGBA")  # also undoes premultiplied alpha, and looks the palette up
         opacity = np.asarray(image.getchannel("A"))
         image = image.convert("RGB")
-    colour = np.asarray(_to_srgb(image, profile))
+    colour = np.asarray(_to_srgb(image, profile, grey))
     return _on_white(colour, as_float(opacity)) if opacity is not None else Photo(colour)
 
 
@@ -333,14 +334,15 @@ def _through(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Ima
     return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes | None, grey: bool) -> Image.Image:
     """Return the image as sRGB: through its ICC profile where it has a usable one, else by its mode."""
     if profile and _needs_conversion(profile):
         try:
             opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             mode = _MODES.get(opened.profile.xcolor_space.strip())
             # a profile for colours that the image does not have says nothing about it
-            if mode == image.mode or (mode in ("RGB", "L") and image.mode not in ("CMYK", "LAB")):
+            plain = image.mode not in ("CMYK", "LAB")
+            if mode == image.mode or (mode == "RGB" and plain) or (mode == "L" and grey):
                 return _through(image.convert(mode), opened)
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             log.warning("the image's colour profile is damaged and was ignored (%s).", reason(error))

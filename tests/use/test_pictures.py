@@ -143,39 +143,47 @@ def test_an_opaque_alpha_channel_changes_nothing(tmp_path: Path) -> None:
     assert np.array_equal(photo.colour, RAMP)
 
 
-def rgb_profile(curve: bytes, name: str) -> bytes:
-    """An ICC profile with sRGB's primaries (adapted to D50, as profiles are) and one curve for all three."""
-
-    def fixed(*values: float) -> bytes:
-        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
-
+def icc_profile(space: bytes, name: str, colours: dict[bytes, bytes]) -> bytes:
+    """An ICC profile for a screen, with these tags beside those that every one has."""
     text = name.encode()
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + b"\0" + bytes(78),
         b"cprt": b"text" + bytes(4) + b"none\0",
-        b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249),
-        b"rXYZ": b"XYZ " + bytes(4) + fixed(0.43607, 0.22249, 0.01392),
-        b"gXYZ": b"XYZ " + bytes(4) + fixed(0.38515, 0.71687, 0.09708),
-        b"bXYZ": b"XYZ " + bytes(4) + fixed(0.14307, 0.06061, 0.71410),
-        b"rTRC": curve,
-        b"gTRC": curve,
-        b"bTRC": curve,
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        **colours,
     }
     table, body = b"", b""
     start = 128 + 4 + 12 * len(tags)
-    for name, data in tags.items():
+    for tag, data in tags.items():
         data += bytes(-len(data) % 4)
-        table += name + struct.pack(">II", start + len(body), len(data))
+        table += tag + struct.pack(">II", start + len(body), len(data))
         body += data
     header = bytearray(128)
-    header[8:12], header[12:16], header[16:20], header[20:24] = b"\2\x10\0\0", b"mntr", b"RGB ", b"XYZ "
-    header[36:40], header[68:80] = b"acsp", fixed(0.9642, 1.0, 0.8249)
+    header[8:12], header[12:16], header[16:20], header[20:24] = b"\2\x10\0\0", b"mntr", space, b"XYZ "
+    header[36:40], header[68:80] = b"acsp", xyz(0.9642, 1.0, 0.8249)[8:]
     header[0:4] = struct.pack(">I", start + len(body))
     return bytes(header) + struct.pack(">I", len(tags)) + table + body
 
 
+def xyz(*values: float) -> bytes:
+    return b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+LINEAR = b"curv" + bytes(4) + struct.pack(">I", 0)  # no entries: the identity
+
+
+def rgb_profile(curve: bytes, name: str) -> bytes:
+    """A profile with sRGB's primaries (adapted to D50, as profiles are) and one curve for all three."""
+    primaries = {
+        b"rXYZ": xyz(0.43607, 0.22249, 0.01392),
+        b"gXYZ": xyz(0.38515, 0.71687, 0.09708),
+        b"bXYZ": xyz(0.14307, 0.06061, 0.71410),
+    }
+    return icc_profile(b"RGB ", name, {**primaries, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)})
+
+
 def linear_light_profile(name: str = "linear light") -> bytes:
-    return rgb_profile(b"curv" + bytes(4) + struct.pack(">I", 0), name)  # no entries: the identity
+    return rgb_profile(LINEAR, name)
 
 
 def srgb_of_linear(light: np.ndarray) -> np.ndarray:
@@ -200,6 +208,18 @@ def test_a_profile_of_srgb_changes_nothing_whatever_it_is_called(tmp_path: Path)
             path = saved(tmp_path / f"{number}.png", Image.fromarray(picture), icc_profile=profile)
             expected = np.broadcast_to(picture.reshape(12, 20, -1), RAMP.shape)
             assert np.array_equal(read_photo(path).colour, expected)
+
+
+def test_a_grey_profile_is_obeyed_by_grey_pictures_and_ignored_by_others(tmp_path: Path) -> None:
+    profile = icc_profile(b"GRAY", "grey linear light", {b"kTRC": LINEAR})
+    grey = RAMP[..., 0]
+    expected = np.repeat(255 * srgb_of_linear(grey / 255)[..., None], 3, -1)
+    with_alpha = Image.fromarray(np.dstack([grey, np.full_like(grey, 255)]), "LA")
+    for picture in (Image.fromarray(grey), with_alpha):
+        path = saved(tmp_path / "grey.tif", picture, icc_profile=profile)
+        assert np.abs(read_photo(path).colour - expected).max() <= 1.5
+    path = saved(tmp_path / "colours.tif", Image.fromarray(RAMP), icc_profile=profile)
+    assert np.array_equal(read_photo(path).colour, RAMP)
 
 
 def test_a_colour_profile_is_obeyed_beside_an_alpha_channel_and_in_16_bits(tmp_path: Path) -> None:
