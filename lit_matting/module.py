@@ -209,8 +209,11 @@ class LitMatting(pl.LightningModule):
         # here and not earlier: a checkpoint to go on from has been read by now, whatever the strategy
         if self._given_weights or self.trainer.ckpt_path:
             return
-        parts = {name: list(part.parameters()) for name, part in self.network.named_children() if name != "backbone"}
-        frozen = [name for name, weights in parts.items() if any(not weight.requires_grad for weight in weights)]
+        # in the order in which they read each other: what comes after the last trained one waits for a later stage
+        parts = [(name, part) for name, part in self.network.named_children() if name != "backbone"]
+        flags = [[weight.requires_grad for weight in part.parameters()] for _, part in parts]
+        last = max((index for index, trained in enumerate(flags) if any(trained)), default=0)
+        frozen = [name for (name, _), trained in zip(parts[: last + 1], flags) if not all(trained)]
         if frozen:
             raise InputError(
                 f"`model.trainable` leaves {', '.join(frozen)} as built, with random weights: add"

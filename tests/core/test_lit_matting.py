@@ -400,8 +400,14 @@ def test_stage_that_would_train_on_frozen_random_parts_is_refused(
         make_trainer().fit(make_model(trainable=REFINER_STAGE), loader(make_batch()))
     # from the last stage's weights it trains, and a backbone of published weights may be frozen from the start
     make_trainer().fit(make_model(trainable=REFINER_STAGE, initial_weights=str(path)), loader(make_batch()))
-    heads = [f"network.{name}" for name, _ in whole.network.named_children() if name != "backbone"]
+    parts = [name for name, _ in whole.network.named_children()]
+    heads = [f"network.{name}" for name in parts if name != "backbone"]
     make_trainer().fit(make_model(trainable=heads), loader(make_batch()))
+    # what waits for a later stage takes no part in this one
+    early = [f"network.{name}" for name in parts if name not in ("alpha_head", "refiner", "project")]
+    make_trainer().fit(make_model(trainable=early), loader(make_batch()))
+    with pytest.raises(InputError, match="leaves neck as built"):
+        make_trainer().fit(make_model(trainable=["network.backbone"]), loader(make_batch()))
     # and so it does where a stage goes on from its own checkpoint
     resumed = make_model(trainable=REFINER_STAGE, initial_weights=str(path))
     own = tmp_path / "own.ckpt"
