@@ -7,9 +7,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from PIL import Image, ImageCms
 
 from data_modules import FolderSource
+from lit_matting.cli import main
 from lit_matting.module import LitMatting
 from lit_matting.pipeline import MattingPipeline
 
@@ -53,3 +55,24 @@ def test_every_kind_of_file_has_the_same_matte(
     assert seen["turned.jpg"].shape == (60, 40)
     assert not seen["transparent.png"][:, :20].any()
     assert 0 < seen["transparent.png"][:, 20:30].max() <= 77 / 255
+
+
+@pytest.mark.slow
+def test_mattes_of_real_photographs_have_exactly_their_size(
+    checkpoint: Path, matting: MattingPipeline, shared_data: Path, tmp_path: Path
+) -> None:
+    photographs = sorted((shared_data / "real_alpha").glob("*.jpg"))[::12]
+    table = tmp_path / "photographs.csv"
+    table.write_text("image,phrase\n" + "".join(f"{path},the foreground\n" for path in photographs))
+    words = ["--alpha-only", "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert main(["matte", *map(str, photographs), "the foreground", *words]) == 0
+    sizes = {path.stem: Image.open(path).size for path in photographs}
+    written = {path.name.partition(".")[0]: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert written == sizes
+    assert len(set(sizes.values())) > 1
+
+    module = LitMatting.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    for path, batch in zip(photographs, FolderSource(str(table)).loader()):
+        found = module.predict_step(batch, 0).alpha[0, 0].detach().numpy()
+        assert found.shape[::-1] == sizes[path.stem]
+        np.testing.assert_allclose(found, matting(path, "the foreground").alpha, atol=1e-6)
