@@ -340,8 +340,8 @@ def _make(matting: MattingPipeline, jobs: Sequence[Job], settings: dict[str, Any
                     made += 1
                     if result.found is False:
                         bar.write(
-                            f"{photo}: {job.phrase!r} does not seem to be there (confidence {result.confidence:.2f},"
-                            f" below {result.threshold:.2f}).",
+                            f"{photo}: {job.phrase!r} does not seem to be there (confidence {result.confidence:.3f},"
+                            f" below {result.threshold:.3f}).",
                             file=sys.stderr,
                         )
                 bar.update()

@@ -154,8 +154,8 @@ def verdict(result: MattingResult) -> tuple[str, str]:
     empty = result.alpha.max() < 0.5
     if result.found is False:
         return "missing", (
-            f"“{result.phrase}” does not seem to be in this photo (confidence {result.confidence:.2f}; from"
-            f" {result.threshold:.2f} on it counts as found).{'' if empty else ' Shown is the best guess.'}"
+            f"“{result.phrase}” does not seem to be in this photo (confidence {result.confidence:.3f}; from"
+            f" {result.threshold:.3f} on it counts as found).{'' if empty else ' Shown is the best guess.'}"
         )
     if empty:
         return "nothing", f"Nothing in this photo matched “{result.phrase}”. Try other words, or name its colour."

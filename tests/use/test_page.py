@@ -195,12 +195,12 @@ def test_verdict_tells_found_from_missing_and_from_nothing(matting: MattingPipel
     assert judged(0.6, 0.3) == ("found", "Cut out: “the dog”, 60 % of the photo. Confidence 0.40.")
     kind, text = judged(0.6, 0.5)
     assert kind == "missing"
-    assert text.startswith("“the dog” does not seem to be in this photo (confidence 0.40; from 0.50 on")
+    assert text.startswith("“the dog” does not seem to be in this photo (confidence 0.400; from 0.500 on")
     assert text.endswith(" Shown is the best guess.")
     assert judged(0.3, None)[0] == judged(0.3, 0.3)[0] == "nothing"
     kind, text = judged(0.3, 0.5)  # both are true, and this says more
     assert kind == "missing"
-    assert text.endswith("from 0.50 on it counts as found).")
+    assert text.endswith("from 0.500 on it counts as found).")
 
 
 # --- what it hides ----------------------------------------------------------------------------------------------------
