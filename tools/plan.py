@@ -203,29 +203,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="also run it here on the processor, and compare")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options, flags = parser.parse_known_args(arguments)
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
     try:
-        for name, value in (("--size", options.size), ("--batch", options.batch)):
-            if value is not None and value < 1:
-                raise InputError(f"`{name}` must be at least 1, got {value}.")
-        if not 0 < options.active <= 1:
-            raise InputError(f"`--active` is a share above 0 and at most 1, got {options.active}.")
-        if options.size is not None:
-            flags.append(f"--data.init_args.image_size={options.size}")
-        from tools.planning.experiment import read_experiment
-
-        experiment = read_experiment(options.config, flags, meta=True)
-        batch = options.batch or experiment.batch
-        found = plan(experiment, batch, options.active)
-        if options.measure:
-            found["measured"] = measure(options.config, flags, batch, options.active)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            experiment, found = _planned(options, flags)
     except InputError as error:
         print(f"tools/plan.py: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        logging.disable(before)
     title = f"{options.config[0]}: {experiment.model.network.backbone.name}"
     print(json.dumps(found, indent=2) if options.json else table(found, title))
     return 0
+
+
+def _planned(options: argparse.Namespace, flags: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Return the experiment that the command line describes, and its plan."""
+    for name, value in (("--size", options.size), ("--batch", options.batch)):
+        if value is not None and value < 1:
+            raise InputError(f"`{name}` must be at least 1, got {value}.")
+    if not 0 < options.active <= 1:
+        raise InputError(f"`--active` is a share above 0 and at most 1, got {options.active}.")
+    if options.size is not None:
+        flags.append(f"--data.init_args.image_size={options.size}")
+    from tools.planning.experiment import read_experiment
+
+    experiment = read_experiment(options.config, flags, meta=True)
+    batch = options.batch or experiment.batch
+    found = plan(experiment, batch, options.active)
+    if options.measure:
+        found["measured"] = measure(options.config, flags, batch, options.active)
+    return experiment, found
 
 
 if __name__ == "__main__":

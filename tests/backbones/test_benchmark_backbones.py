@@ -10,6 +10,7 @@ import pytest
 from tiny_models import save_tiny_pipeline, tiny_unet
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- benchmark_backbones: begin -->", "<!-- benchmark_backbones: end -->"
 
 
 def test_teacher_and_students_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,11 +20,11 @@ def test_teacher_and_students_side_by_side(tmp_path: Path, capsys: pytest.Captur
     spec.loader.exec_module(benchmark)
     save_tiny_pipeline(tmp_path / "pipeline")
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{benchmark.START}\nold\n{benchmark.END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["--pretrained", str(tmp_path / "pipeline"), "--size", "64", "--rounds", "1", "--table", str(page)]
     assert benchmark.main(arguments) == 0
     written = page.read_text()
-    assert written == f"before\n{benchmark.START}\n{capsys.readouterr().out}{benchmark.END}\nafter\n"
+    assert written == f"before\n{BEGIN}\n{capsys.readouterr().out}{END}\nafter\n"
     rows = {}
     for line in written.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -22,6 +22,10 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def markers(tool: ModuleType, between: str) -> str:
+    return f"<!-- {tool.MARKERS}: begin -->\n{between}\n<!-- {tool.MARKERS}: end -->"
+
+
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     return load("benchmark_refiner")
@@ -75,7 +79,7 @@ def test_promises_are_judged_by_their_limits(benchmark: ModuleType) -> None:
 
 def test_a_run_writes_its_report_and_replaces_only_its_own_section(benchmark: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "PERFORMANCE.md"
-    page.write_text(f"# Performance\n\nbefore\n\n{benchmark.START}\nold\n{benchmark.END}\n\nafter\n", encoding="utf-8")
+    page.write_text(f"# Performance\n\nbefore\n\n{markers(benchmark, 'old')}\n\nafter\n", encoding="utf-8")
     small = ["--sides", "64", "--fractions", "0.1", "--repeats", "1", "--training-side", "0", "--no-memory"]
     before = torch.get_num_threads()
     try:
@@ -100,6 +104,7 @@ def test_the_memory_benchmark_compares_budgets_in_fresh_processes(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     tool, page = load("benchmark_refiner_memory"), tmp_path / "PERFORMANCE.md"
+    page.write_text(markers(tool, "old"), encoding="utf-8")
     small = ["--size", "400", "600", "--strands", "0.05", "--budgets", "8000", "0", "--repeats", "0"]
     before = torch.get_num_threads()
     try:

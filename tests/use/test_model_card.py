@@ -72,15 +72,20 @@ def test_card_shows_the_protocol_the_scores_and_the_checkpoint_of_a_real_report(
     matting = MattingPipeline.from_checkpoint(judged / "last.ckpt", device="cpu", precision="fp32")
     matting.save_pretrained(tmp_path / "model", model_card_kwargs={"report": str(report), "results": {"mIoU": 0.7}})
     _, results = card_of(tmp_path / "model").split("## Results\n\n")
-    assert results.startswith(f"DEVIATES from protocol {PROTOCOL} ({LOCKED[PROTOCOL][:12]}): 2 of ")
+    assert results.startswith(
+        f"DEVIATES from protocol {PROTOCOL} ({LOCKED[PROTOCOL][:12]}): data set halves/test instead"
+    )
+    assert "; 2 of 2500 images" in results.splitlines()[0]
     assert f"| Protocol | {PROTOCOL} (SHA-256 {LOCKED[PROTOCOL]}) |" in results
     assert f"| Checkpoint judged | SHA-256 {sha256} |" in results
     assert "| mIoU | 0.7 |" in results
-    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split() for line in results.splitlines()) if cells}
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in results.splitlines() if "|" in line]
+    header = next(cells for cells in table if "grounding" in cells)
+    rows = {cells[0]: dict(zip(header, cells)) for cells in table}
     for method, scores in json.loads(report.read_text())["scores"].items():
         overall = scores["overall"]
         shown = [figure(overall.get(name)) for name in ("grounding_accuracy", "soft_iou", "sad")]
-        assert [rows[method][column] for column in (1, 9, 11)] == shown, method
+        assert [rows[method][column] for column in ("grounding", "soft IoU", "SAD")] == shown, method
     assert str(judged) not in (tmp_path / "model" / "config.json").read_text(), (
         "whose folder it was is nobody's business"
     )
