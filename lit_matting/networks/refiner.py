@@ -6,8 +6,8 @@ small sparse U-Net (after SparseMat, Sun et al. 2023). Time and memory follow th
 
 Without gradients, what would take more memory than it may is worked in horizontal bands that overlap by what the U-Net
 sees. A row of a sparse layer has the same bits whatever other rows there are, and so has everything else here, so bands
-give exactly the alpha that one go gives. That is shown for the PyTorch backend; spconv's kernels are not ours, and their
-rows may differ by rounding.
+give exactly the alpha that one go gives. That is shown for the PyTorch backend; spconv's kernels are not ours, and rows
+of theirs may differ by rounding.
 """
 
 from __future__ import annotations
