@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
 from lit_matting.files import whole_file
 from lit_matting.picture_files import signature
+from lit_matting.pictures import as_integers
 from lit_matting.records import MattingBatch, MattingOutput
 
 _PHRASE_BYTES = 80
@@ -75,6 +75,6 @@ def file_name(key: str, prompt: str) -> str:
 
 def write_alpha(alpha: Any, path: Path) -> None:
     """Write an alpha (H, W) in [0, 1] as an 8-bit grey PNG, all or nothing; its folder is made if missing."""
-    picture = Image.fromarray(np.rint(np.clip(alpha, 0, 1) * 255).astype(np.uint8))
+    picture = Image.fromarray(as_integers(alpha))
     with whole_file(path) as temporary:
         picture.save(temporary, format="PNG", **signature(".png"))

@@ -53,21 +53,20 @@ def parameter_groups(
             },
         )
         group["params"].append(parameter)
-    if unused:
+    of_another_backbone = {prefix for prefix in unused if prefix.startswith(BACKBONE)}
+    for prefix in sorted(of_another_backbone):
+        log.warning(
+            "`model.learning_rate_scales` names %r, but nothing that is trained in this backbone starts like that: it"
+            " has no effect.",
+            prefix,
+        )
+    wrong = sorted(unused - of_another_backbone)
+    if wrong:
         known = ", ".join(
             sorted({name.rsplit(".", 2)[0] for name, p in module.named_parameters() if p.requires_grad})[:6]
         )
-        for prefix in sorted(unused):
-            if prefix.startswith(BACKBONE):
-                log.warning(
-                    "`model.learning_rate_scales` names %r, but nothing that is trained in this backbone starts like"
-                    " that: it has no effect.",
-                    prefix,
-                )
-                unused.remove(prefix)
-    if unused:
         raise InputError(
-            f"`model.learning_rate_scales` names {sorted(unused)}, but no trainable parameter starts like that;"
+            f"`model.learning_rate_scales` names {wrong}, but no trainable parameter starts like that;"
             f" they start with {known}, ..."
         )
     return list(groups.values())

@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     if not options.picture_only:
         shards = options.folder / "shards"
-        if not _complete(shards, options.scenes):
-            _run("tools/scene_shards.py", str(shards), "--train", str(options.scenes))
+        make_scenes(shards, options.scenes)
         config = ["--config", str(_shortest(options.config))]
         seed = [] if options.seed is None else ["--seed_everything", str(options.seed)]
         _run("-m", "lit_matting", "fit", *config, *seed)
@@ -109,6 +108,12 @@ def _run(*arguments: str) -> None:
     code = subprocess.call([sys.executable, *arguments], env=environment)
     if code:
         raise SystemExit(code)
+
+
+def make_scenes(folder: Path, scenes: int) -> None:
+    """Make the shards of a demo, unless they are there with so many training scenes."""
+    if not _complete(folder, scenes):
+        _run(str(_shortest(ROOT / "tools/scene_shards.py")), str(folder), "--train", str(scenes))
 
 
 def _complete(folder: Path, scenes: int) -> bool:

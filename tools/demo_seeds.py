@@ -25,6 +25,7 @@ if not __package__:  # run as a file: the repository's root holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_matting.files import write_whole
+from tools.demo import make_scenes
 from tools.documents import write_between_markers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,14 +58,6 @@ ROWS: dict[str, Callable[[Scores], float]] = {
     "grounding accuracy of the trimap": lambda s: s["trimap"]["overall"]["grounding_accuracy"],
     "grounding accuracy of the grounding map": lambda s: s["grounding"]["overall"]["grounding_accuracy"],
 }
-
-
-def make_shards(experiment: str) -> None:
-    """Make the scenes that all seeds learn from and are judged on, unless they are there."""
-    shards = ROOT / "outputs" / experiment / "shards"
-    if not (shards / "test.index.json").is_file():
-        command = [sys.executable, "tools/scene_shards.py", str(shards), "--train", str(SCENES[experiment])]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
 
 def check_configuration(experiment: str, folder: Path) -> None:
@@ -110,7 +103,8 @@ def table(experiment: str, runs: Path) -> str:
         f"|---|{'--:|' * (len(seeds) + 2)}",
     ]
     for title, value in ROWS.items():
-        values = [value(item) for item in scores]
+        # a report has null where nothing is defined
+        values = [math.nan if found is None else found for found in map(value, scores)]
         known = [item for item in values if not math.isnan(item)]
         cells = [f"{item:.3f}" for item in [*values, statistics.fmean(known)]]
         lines.append(f"| {title} | {' | '.join(cells)} | {max(known) - min(known):.3f} |")
@@ -124,14 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--collect", action="store_true", help="run nothing; only write the table")
     options = parser.parse_args(arguments)
     runs = ROOT / "outputs/seeds" / options.experiment
-    if options.collect:
-        options.seeds = sorted(int(path.name) for path in runs.glob("*") if path.name.isdigit())
-    else:
-        make_shards(options.experiment)
-    for seed in options.seeds:
-        check_configuration(options.experiment, runs / str(seed))
-    for seed in [] if options.collect else options.seeds:
-        run_seed(options.experiment, seed, runs)
+    for folder in sorted(runs.glob("*")):  # also those not asked for now: they stand in the table
+        check_configuration(options.experiment, folder)
+    if not options.collect:
+        make_scenes(ROOT / "outputs" / options.experiment / "shards", SCENES[options.experiment])
+        for seed in options.seeds:
+            run_seed(options.experiment, seed, runs)
     text = table(options.experiment, runs)
     print(text)
     write_between_markers(text, options.experiment, DOCUMENT)

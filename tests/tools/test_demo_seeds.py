@@ -47,3 +47,32 @@ def test_a_seed_of_another_configuration_has_no_place_in_the_table(tmp_path: Pat
     (tmp_path / KEPT).write_text(now.replace("max_steps: 2200", "max_steps: 100"))
     with pytest.raises(SystemExit, match=r"was made with another demo\.yaml"):
         check_configuration("demo", tmp_path)
+
+
+def test_what_a_report_leaves_undefined_is_left_out_of_the_mean(tmp_path: Path) -> None:
+    for seed, accuracy in ((1, 0.8), (2, 0.6)):
+        found = report(accuracy)
+        if seed == 2:
+            found["scores"]["alpha"]["overall"]["sad"] = None
+            found["scores"]["alpha"]["overall"]["band_mae"] = 0.35
+        folder = tmp_path / f"{seed}/outputs/demo"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(found))
+    lines = table("demo", tmp_path).splitlines()
+    assert "| SAD | 0.250 | nan | 0.250 | 0.000 |" in lines
+    assert "| band MAE | 0.250 | 0.350 | 0.300 | 0.100 |" in lines
+
+
+def test_the_table_is_not_written_when_any_run_in_it_had_another_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tools.demo_seeds as tool
+
+    (tmp_path / "configs/experiment").mkdir(parents=True)
+    (tmp_path / "configs/experiment/demo.yaml").write_text("now")
+    for seed, text in ((1, "now"), (2, "before")):
+        (tmp_path / f"outputs/seeds/demo/{seed}").mkdir(parents=True)
+        (tmp_path / f"outputs/seeds/demo/{seed}" / KEPT).write_text(text)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"demo/2 was made with another demo\.yaml"):
+        tool.main(["demo", "--seeds", "1"])
