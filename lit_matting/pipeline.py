@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from lit_matting.checkpoints import Checkpoint, build_network, read_checkpoint, 
 from lit_matting.checks import InputError, check_prompt
 from lit_matting.confidence import Calibration, best_threshold, confidence_of
 from lit_matting.devices import DTYPES, Precision, pick_device, pick_precision, place
+from lit_matting.networks.inference import square
 from lit_matting.networks.matting_network import MattingNetwork, enlarge
 from lit_matting.pictures import Photo, read_photo
 from lit_matting.results import MattingResult
@@ -232,19 +232,11 @@ class MattingPipeline(ModelHubMixin):
             else:
                 fresh[index] = read_photo(image)
         if fresh:
-            small = torch.cat([self._shrunk(photo) for photo in fresh.values()])
+            small = torch.cat([square(self._pixels(photo), self.image_size) for photo in fresh.values()])
             with self._running():
                 latents = self.network.backbone.encode_image(small).split(1)
             encoded.update((index, EncodedPhoto(photo, row)) for (index, photo), row in zip(fresh.items(), latents))
         return [encoded[index] for index in range(len(images))]
-
-    def _shrunk(self, photo: Photo) -> Tensor:
-        """Return the square the network sees, (1, 3, S, S), stretched as in training."""
-        image = self._pixels(photo)
-        size = (self.image_size, self.image_size)
-        if image.shape[-2:] != size:
-            image = F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return image.clamp(0, 1)
 
     def _pixels(self, photo: Photo) -> Tensor:
         return torch.from_numpy(photo.as_float()).to(self.device).permute(2, 0, 1)[None].contiguous()

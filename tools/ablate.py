@@ -5,8 +5,9 @@
     python tools/ablate.py configs/experiment/sd21_joint.yaml -- --model.backbone configs/backbone/sd15.yaml
 
 Every run is a `fit` and a `test` of the project's own command in a folder of its own. A run that is finished is not run
-again, so the same command goes on after a kill, or with more seeds. With `--steps`, everything that is counted in steps
-shrinks alike: warm-up, ramps, the curriculum. What follows `--` goes to both commands.
+again, so the same command goes on after a kill, or with more seeds; started in two terminals, it shares the runs among
+them. With `--steps`, everything that is counted in steps shrinks alike: warm-up, ramps, the curriculum. What follows
+`--` goes to both commands.
 
 The table gives the mean over seeds and the spread, the largest less the smallest: a difference smaller than the spread
 of the whole objective is no difference.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import os
 import statistics
@@ -93,8 +95,21 @@ def _walk(value: Any, folder: Path, factor: float, key: str = "") -> Any:
     return value
 
 
-def run(config: Config, folder: Path, flags: Sequence[str]) -> dict[str, float]:
-    """Train and judge one variant in its folder, unless that is done already; return what it scored."""
+def run(config: Config, folder: Path, flags: Sequence[str], wait: bool = True) -> dict[str, float] | None:
+    """Train and judge one variant in its folder, unless that is done already; return what it scored.
+
+    While another process is at it, its result is waited for, or without ``wait`` None is returned at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # let go by the system when its holder ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        return _run(config, folder, flags)
+
+
+def _run(config: Config, folder: Path, flags: Sequence[str]) -> dict[str, float]:
     text = f"# flags: {' '.join(flags)}\n{yaml.safe_dump(config, sort_keys=False)}"
     path, result = folder / "experiment.yaml", folder / "result.json"
     if result.is_file() and path.is_file() and path.read_text() == text:
@@ -166,14 +181,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["python tools/ablate.py", *given[:cut], *([] if cut == len(given) else ["--", *flags])])
     steps = options.steps or experiment["trainer"]["max_steps"]
     heading = f"`{command}`: {steps} training steps, seeds 1 to {options.seeds}, final alpha."
-    results: Results = {}
     # seed by seed: a table that is cut short still compares all variants
-    for seed in range(1, options.seeds + 1):
-        for title, without in variants(experiment).items():
-            config = edited(experiment, options.experiment, without, seed, options.steps)
-            place = folder / title.replace(" ", "_") / str(seed)
-            results.setdefault(title, {})[str(seed)] = run(config, place, flags)
-            print(f"seed {seed}, {title}: {results[title][str(seed)]}", flush=True)
+    runs = [
+        (title, str(seed), edited(experiment, options.experiment, without, seed, options.steps))
+        for seed in range(1, options.seeds + 1)
+        for title, without in variants(experiment).items()
+    ]
+    results: Results = {title: {} for title, _, _ in runs}
+    for wait in (False, True):  # what another process is at is left for the end
+        for title, seed, config in runs:
+            if seed in results[title]:
+                continue
+            scores = run(config, folder / title.replace(" ", "_") / seed, flags, wait)
+            if scores is not None:
+                results[title][seed] = scores
+                print(f"seed {seed}, {title}: {scores}", flush=True)
     text = table(results, heading)
     record = {"command": command, "steps": steps, "runs": results}
     write_whole(json.dumps(record, indent=1).encode(), folder / "ablation.json")

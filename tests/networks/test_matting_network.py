@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_modules import transforms
 from lit_matting.losses import AlphaLowResolution, CoarseTrimap, LossTerm, Refinement, SemanticTrimap, SoftGrounding
 from lit_matting.networks.heads import AlphaHead
-from lit_matting.networks.inference import matte_at_native_size
+from lit_matting.networks.inference import INTERPOLATION, matte_at_native_size, square
 from lit_matting.networks.matting_network import MattingNetwork, enlarge
 from lit_matting.networks.neck import Neck
 from lit_matting.records import Detail, MattingOutput
@@ -153,6 +154,17 @@ def test_several_phrases_for_one_photograph_equal_one_by_one(make_network: MakeN
 def test_photograph_of_the_networks_own_size_is_not_resampled(make_network: MakeNetwork) -> None:
     network, photograph = make_network(), torch.rand(1, 3, 64, 64)
     assert_alike(matte_at_native_size(network, photograph, PHRASES[:1], 64), network(photograph, PHRASES[:1]), 0.0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 200), (128, 64), (1013, 700), (40, 300), (30, 20)])
+def test_network_sees_a_photograph_as_it_saw_the_training_data(size: tuple[int, int]) -> None:
+    photograph = torch.rand(2, 3, *size)
+    seen = square(photograph, 64)
+    assert seen.shape == (2, 3, 64, 64)
+    for given, shown in zip(photograph, seen):
+        expected = transforms.resize(given.permute(1, 2, 0).numpy(), 64, 64)
+        assert torch.allclose(shown.permute(1, 2, 0), torch.from_numpy(expected), atol=2e-6)
+    assert INTERPOLATION == transforms.INTERPOLATION
 
 
 # --- which loss teaches which part ------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,35 @@ def test_finished_runs_are_kept_until_their_config_changes(tmp_path: Path, monke
     assert len(calls) == 2
     assert ablate.main(command) == 0  # without the flag it is another experiment
     assert len(calls) == 2 + 2 * 2 * 6
+
+
+def test_runs_that_another_process_is_at_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    busy, last = runs / "all_terms" / "1", runs / "without_r" / "1"
+    busy.mkdir(parents=True)
+    holder = f"""
+import fcntl, pathlib, sys, time
+with open({str(busy / "lock")!r}, "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("held", flush=True)
+    end = time.monotonic() + 60
+    while not pathlib.Path({str(last / "result.json")!r}).exists() and time.monotonic() < end:
+        time.sleep(0.01)
+"""
+    order: list[Path] = []
+
+    def pretend(folder: Path, *arguments: str) -> None:
+        if arguments[0] == "fit":
+            order.append(folder)
+            (folder / "last.ckpt").write_text("")
+            scores = {"alpha": {"overall": dict.fromkeys(ablate.MEASURES, 0.5)}}
+            (folder / "report.json").write_text(json.dumps({"scores": scores}))
+
+    monkeypatch.setattr(ablate, "call", pretend)
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        assert ablate.main([str(DEMO), "--seeds", "1", "--folder", str(runs)]) == 0
+    assert len(order) == 6
+    assert order[0] == runs / "without_stm" / "1"
+    assert order[-1] == busy
