@@ -34,7 +34,7 @@ if not __package__:  # run as a file: the repository's root holds the packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lit_matting.networks.bands_and_tiles import TILE, Tile
-from lit_matting.networks.refiner import SparseRefiner
+from lit_matting.networks.refiner import Seen, SparseRefiner
 from tools.benchmark_refiner import hair_bands, medians, processor, resident_bytes
 from tools.documents import document_with, write_between_markers
 
@@ -89,13 +89,13 @@ def measure_tiles(repeats: int) -> list[tuple[float, float, float]]:
         # as ragged as tiles come: holes between strands
         mask[:, :TILE, :TILE] = hair_bands(TILE, share) if share < 1 else True
         image, alpha = torch.rand(1, 3, *mask.shape[1:]), torch.rand(1, 1, *mask.shape[1:])
-        maps = (small[:, :1], small[:, 1:], None)
+        seen = Seen(image, small[:, :1], small[:, 1:], None)
         # as large as a tile inside an image with its halo on every side
         wide = Tile(0, slice(0, TILE + 2 * halo), slice(0, TILE + 2 * halo))
         candidates = {
             # sparse changes its alpha in place
-            "sparse": partial(refiner._in_bands, unet, image, alpha.clone(), mask, mask, *maps),
-            "dense": partial(refiner._in_tile, unet, wide, image, alpha, mask, *maps),
+            "sparse": partial(refiner._in_bands, unet, seen, alpha.clone(), mask, mask),
+            "dense": partial(refiner._in_tile, unet, wide, seen, alpha, mask),
         }
         seconds = medians(candidates, repeats)
         found.append((float(mask.sum()) / TILE**2, seconds["sparse"], seconds["dense"]))

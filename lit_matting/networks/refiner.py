@@ -12,7 +12,7 @@ of theirs may differ by rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -46,6 +46,25 @@ class Refined:
     """The active pixels of each of them, (B, H_s, W_s) bool."""
     worked: tuple[Tensor, ...] = ()
     """The rows it worked on at each of them, (B,) bool; empty: all. The others hold the enlarged alpha there."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the refiner reads beside the alpha that it refines."""
+
+    image: Tensor
+    """(B, 3, H, W), or some lines of it."""
+    trimap: Tensor
+    """(B, 1, h, w)."""
+    features: Tensor
+    """(B, C, h, w)."""
+    box: Tensor | None
+    """(B, 4), the part of the maps that the image covers; None: all."""
+
+    def of(self, rows: list[int] | slice) -> Seen:
+        """Return the same of some rows of the batch."""
+        box = None if self.box is None else self.box[rows]
+        return Seen(self.image[rows], self.trimap[rows], self.features[rows], box)
 
 
 class SparseRefiner(nn.Module):
@@ -128,28 +147,28 @@ class SparseRefiner(nn.Module):
             alpha, trimap = alpha.detach(), trimap.detach()
         # small differences of colour decide here: no half precision, whatever runs around it
         with torch.autocast(image.device.type, enabled=False):
-            return self._refine(image.float(), alpha.float(), trimap.float(), features.float(), box)
+            return self._refine(Seen(image.float(), trimap.float(), features.float(), box), alpha.float())
 
-    def _refine(self, image: Tensor, alpha: Tensor, trimap: Tensor, features: Tensor, box: Tensor | None) -> Refined:
+    def _refine(self, seen: Seen, alpha: Tensor) -> Refined:
         chosen = None
         if self.training and self.train_images is not None:
-            chosen = torch.arange(len(image), device=image.device) < self.train_images
-        long_edges = [max(image.shape[-2:])]
-        if box is not None:
+            chosen = torch.arange(len(alpha), device=alpha.device) < self.train_images
+        size = seen.image.shape[-2:]
+        long_edges = [max(size)]
+        if seen.box is not None:
             # a crop is refined as the photograph it was taken from will be: same scales, same kernel
-            photographs = image.new_tensor(image.shape[-2:]) / box[:, 2:].float()
+            photographs = seen.image.new_tensor(size) / seen.box[:, 2:].float()
             long_edges = [round(edge) for edge in photographs.amax(1).tolist()]
         alike: dict[tuple[tuple[float, int], ...], list[int]] = {}
         for row, long_edge in enumerate(long_edges):
             alike.setdefault(self._plan(long_edge), []).append(row)
         if len(alike) == 1:
-            return self._refine_alike(image, alpha, trimap, features, box, long_edges[0], chosen)
+            return self._refine_alike(seen, alpha, long_edges[0], chosen)
         parts = []
         for rows in alike.values():
-            given = (item[rows] for item in (image, alpha, trimap, features, box))
             some = None if chosen is None else chosen[rows]
-            parts.append((rows, self._refine_alike(*given, long_edges[rows[0]], some)))
-        return _together(parts, alpha, box)
+            parts.append((rows, self._refine_alike(seen.of(rows), alpha[rows], long_edges[rows[0]], some)))
+        return _together(parts, alpha, seen.box)
 
     def _plan(self, long_edge: int) -> tuple[tuple[float, int], ...]:
         """Return at what share of its size an image is refined, coarse to fine, and the kernel's size at each."""
@@ -158,30 +177,22 @@ class SparseRefiner(nn.Module):
         shares = (capped / 2, capped) if halved else (capped,)
         return tuple((share, self._kernel(max(1, round(long_edge * share)))) for share in shares)
 
-    def _refine_alike(
-        self,
-        image: Tensor,
-        alpha: Tensor,
-        trimap: Tensor,
-        features: Tensor,
-        box: Tensor | None,
-        long_edge: int,
-        chosen: Tensor | None,
-    ) -> Refined:
+    def _refine_alike(self, seen: Seen, alpha: Tensor, long_edge: int, chosen: Tensor | None) -> Refined:
         """Refine images, or crops of photographs, of one plan: that of ``long_edge``; of the rows those ``chosen``."""
-        height, width = image.shape[-2:]
+        height, width = seen.image.shape[-2:]
         plan = self._plan(long_edge)
         alphas, actives = [], []
         current = alpha
-        place = box
+        place = seen.box
         unused = dict(self.scales)
         for name, (share, _) in zip(("half_scale", "full_scale")[-len(plan) :], plan):
             unet = unused.pop(name)
             size = (max(1, round(height * share)), max(1, round(width * share)))
-            scaled = image if size == (height, width) else F.interpolate(image, size=size, mode="area")
-            whole = max(1, round(long_edge * share))
+            scaled = seen
+            if size != (height, width):
+                scaled = replace(seen, image=F.interpolate(seen.image, size=size, mode="area"))
             enlarged = resample(current, size, place)
-            current, active = self._scale(unet, scaled, enlarged, trimap, features, box, whole, chosen)
+            current, active = self._scale(unet, scaled, enlarged, max(1, round(long_edge * share)), chosen)
             place = None  # from here on the alpha covers the image itself
             alphas.append(current)
             actives.append(active)
@@ -194,41 +205,33 @@ class SparseRefiner(nn.Module):
         return Refined(result, tuple(alphas), tuple(actives), worked)
 
     def _scale(
-        self,
-        unet: SparseUNet,
-        image: Tensor,
-        alpha: Tensor,
-        trimap: Tensor,
-        features: Tensor,
-        box: Tensor | None,
-        long_edge: int,
-        chosen: Tensor | None,
+        self, unet: SparseUNet, seen: Seen, alpha: Tensor, long_edge: int, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        mask = self._mask(alpha, trimap, box, long_edge)
+        mask = self._mask(alpha, seen, long_edge)
         if chosen is not None:
             mask &= chosen[:, None, None]
         if not torch.is_grad_enabled():
             halo = max(*unet.halo(), FEATHER)
             tiles, rest = full_tiles(mask, self.dense_above, halo)
             before = alpha.clone() if tiles else alpha
-            self._in_bands(unet, image, alpha, mask, rest, trimap, features, box)
+            self._in_bands(unet, seen, alpha, mask, rest)
             for tile in tiles:
                 wide = tile.around(halo)
-                refined = self._in_tile(unet, wide, image, before, mask, trimap, features, box)
+                refined = self._in_tile(unet, wide, seen, before, mask)
                 tile.of(alpha).copy_(wide.part(tile, refined))
             return alpha, mask
         active = ActiveSet.from_mask(mask)
         if len(active) == 0:
             if self.training:
                 # nothing to do, but distributed training waits for these gradients
-                alpha = alpha + 0.0 * (features.sum() + sum(parameter.sum() for parameter in unet.parameters()))
+                alpha = alpha + 0.0 * (seen.features.sum() + sum(parameter.sum() for parameter in unet.parameters()))
             return alpha, mask
-        places, weight = pixel_places(active, mask.shape[1:], box), gather(feather(mask), active)
-        rows = self._rows(unet, active, image, alpha, trimap, features, places, weight)
+        places, weight = pixel_places(active, mask.shape[1:], seen.box), gather(feather(mask), active)
+        rows = self._rows(unet, active, seen, alpha, places, weight)
         return scatter(rows, active, alpha), mask
 
     @torch.no_grad()
-    def _mask(self, alpha: Tensor, trimap: Tensor, box: Tensor | None, long_edge: int) -> Tensor:
+    def _mask(self, alpha: Tensor, seen: Seen, long_edge: int) -> Tensor:
         """Return the active pixels (B, H, W); decided for a few lines at a time, to hold few maps of the whole size."""
         batch, _, height, width = alpha.shape
         margin = self._kernel(long_edge) // 2
@@ -237,22 +240,12 @@ class SparseRefiner(nn.Module):
         for first in range(0, height, step):
             end = min(first + step, height)
             top, bottom = max(first - margin, 0), min(end + margin, height)
-            lines = resample_part(trimap, (height, width), slice(top, bottom), slice(0, width), box)
+            lines = resample_part(seen.trimap, (height, width), slice(top, bottom), slice(0, width), seen.box)
             part = self.active_pixels(alpha[:, :, top:bottom], lines, long_edge)
             mask[:, first:end] = part[:, first - top : end - top]
         return mask
 
-    def _in_bands(
-        self,
-        unet: SparseUNet,
-        image: Tensor,
-        alpha: Tensor,
-        mask: Tensor,
-        rest: Tensor,
-        trimap: Tensor,
-        features: Tensor,
-        box: Tensor | None,
-    ) -> None:
+    def _in_bands(self, unet: SparseUNet, seen: Seen, alpha: Tensor, mask: Tensor, rest: Tensor) -> None:
         """Refine ``alpha`` (B, 1, H, W) in place, in as few bands as the budget allows.
 
         Of the active pixels (B, H, W) those of ``rest`` are worked.
@@ -273,10 +266,10 @@ class SparseRefiner(nn.Module):
             active = ActiveSet.from_mask(rest[:, band.top : band.bottom])
             if len(active) == 0:
                 continue
-            places = pixel_places(active, (height, width), box, band.top)
+            places = pixel_places(active, (height, width), seen.box, band.top)
             weight = gather(feather(mask[:, band.top : band.bottom]), active)
-            pixels = image[:, :, band.top : band.bottom]
-            rows = self._rows(unet, active, pixels, source, trimap, features, places, weight)
+            lines = replace(seen, image=seen.image[:, :, band.top : band.bottom])
+            rows = self._rows(unet, active, lines, source, places, weight)
             refined = scatter(rows, active, source)
             alpha[:, :, band.first : band.end] = refined[:, :, band.first - band.top : band.end - band.top]
 
@@ -284,10 +277,8 @@ class SparseRefiner(nn.Module):
         self,
         unet: SparseUNet,
         active: ActiveSet,
-        image: Tensor,
+        seen: Seen,
         alpha: Tensor,
-        trimap: Tensor,
-        features: Tensor,
         places: tuple[Tensor, Tensor, Tensor],
         weight: Tensor,
     ) -> Tensor:
@@ -295,10 +286,10 @@ class SparseRefiner(nn.Module):
         before = gather(alpha, active)
         inputs = torch.cat(
             [
-                2 * gather(image, active) - 1,
+                2 * gather(seen.image, active) - 1,
                 2 * before - 1,
-                2 * sample_rows(trimap, *places) - 1,
-                sample_rows(features, *places),
+                2 * sample_rows(seen.trimap, *places) - 1,
+                sample_rows(seen.features, *places),
             ],
             1,
         )
@@ -307,23 +298,13 @@ class SparseRefiner(nn.Module):
         # clamped going forward, transparent going backward: a pixel pushed beyond 1 must be able to come back
         return moved + (moved.clamp(0, 1) - moved).detach()
 
-    def _in_tile(
-        self,
-        unet: SparseUNet,
-        tile: Tile,
-        image: Tensor,
-        alpha: Tensor,
-        mask: Tensor,
-        trimap: Tensor,
-        features: Tensor,
-        box: Tensor | None,
-    ) -> Tensor:
+    def _in_tile(self, unet: SparseUNet, tile: Tile, seen: Seen, alpha: Tensor, mask: Tensor) -> Tensor:
         """Return the refined alpha (1, 1, h, w) of a tile, by dense convolutions."""
-        one = slice(tile.image, tile.image + 1)
-        maps, box = torch.cat([trimap[one], features[one]], 1), None if box is None else box[one]
+        one = seen.of(slice(tile.image, tile.image + 1))
+        maps = torch.cat([one.trimap, one.features], 1)
         before, active = tile.of(alpha), tile.of(mask)
-        enlarged = resample_part(maps, image.shape[-2:], tile.rows, tile.columns, box)
-        inputs = torch.cat([2 * tile.of(image) - 1, 2 * before - 1, 2 * enlarged[:, :1] - 1, enlarged[:, 1:]], 1)
+        enlarged = resample_part(maps, seen.image.shape[-2:], tile.rows, tile.columns, one.box)
+        inputs = torch.cat([2 * tile.of(seen.image) - 1, 2 * before - 1, 2 * enlarged[:, :1] - 1, enlarged[:, 1:]], 1)
         residual = torch.tanh(unet.dense(inputs, active)) * feather(active)
         return torch.where(active[:, None], (before + residual).clamp(0, 1), before)
 

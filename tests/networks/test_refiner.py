@@ -306,7 +306,7 @@ def test_crops_that_are_refined_alike_are_refined_in_one_go(
     # equal boxes, and unequal ones that lead to the same scales and kernels: one pass over the whole batch
     refiner, seen = make_refiner(half_scale_above=1024), []
     monkeypatch.setattr(
-        refiner, "_scale", lambda unet, image, alpha, *rest: seen.append(len(image)) or (alpha, alpha[:, 0] > 2)
+        refiner, "_scale", lambda unet, inputs, alpha, *rest: seen.append(len(inputs.image)) or (alpha, alpha[:, 0] > 2)
     )
     for edges, passes in (([700] * 3, [3]), ([700, 900, 1024], [3]), ([2000, 1500, 1100], [3, 3])):
         refiner(torch.rand(3, 3, 64, 64), *maps(disc, batch=3), crops_of(edges))
