@@ -49,14 +49,16 @@ INTERPOLATION = "area"
 
 
 def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize an image or alpha: area means where it shrinks, linear where it grows.
+    """Resize an image or alpha: area means along a side that shrinks, linear along one that grows.
 
     A thin hair survives area means as a faint alpha; linear sampling would drop it.
     """
-    if array.shape[:2] == (height, width):
+    smaller = (min(array.shape[0], height), min(array.shape[1], width))
+    if array.shape[:2] != smaller:
+        array = cv2.resize(array, smaller[::-1], interpolation=cv2.INTER_AREA)
+    if smaller == (height, width):
         return array
-    shrinks = array.shape[0] >= height and array.shape[1] >= width
-    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def full_view(image: np.ndarray) -> View:

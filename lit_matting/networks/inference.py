@@ -21,21 +21,21 @@ def square(image: Tensor, side: int) -> Tensor:
     """Stretch photographs in [0, 1] to the square the network sees, as training data are: (B, C, H, W) -> (B, C, S, S).
 
     Area means where they shrink, as ``cv2.INTER_AREA`` takes them: a pixel that two cells share counts in each by its
-    share. (``F.interpolate(mode="area")`` counts it in both, whole.) Bilinear where either side grows.
+    share. (``F.interpolate(mode="area")`` counts it in both, whole.) Bilinear along a side that grows.
     """
-    height, width = image.shape[-2:]
-    if (height, width) == (side, side):
+    for dim in (-2, -1):
+        if image.shape[dim] > side:
+            image = _cell_means(image, dim, side).clamp(0, 1)  # against rounding
+    if image.shape[-2:] == (side, side):
         return image
-    if height < side or width < side:
-        return F.interpolate(image, size=(side, side), mode="bilinear", align_corners=False)
-    return _cell_means(_cell_means(image, -2, side), -1, side).clamp(0, 1)  # against rounding
+    return F.interpolate(image, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def _cell_means(image: Tensor, dim: int, cells: int) -> Tensor:
     """Return the mean of ``image`` over each of so many cells of equal length along a dimension."""
     length = image.shape[dim]
-    # double: the borders of 4,000 pixels' cells in single precision are off by shares that can be seen
-    borders = torch.arange(cells + 1, dtype=torch.float64, device=image.device) * (length / cells)
+    # double, and so on the CPU: among 4,000 pixels, single precision misplaces borders by shares that can be seen
+    borders = torch.arange(cells + 1, dtype=torch.float64) * (length / cells)
     start, end = borders[:-1], borders[1:]
     first = start.floor()
     total = image.new_zeros(())
@@ -43,8 +43,8 @@ def _cell_means(image: Tensor, dim: int, cells: int) -> Tensor:
         pixel = first + step
         share = (torch.minimum(end, pixel + 1) - torch.maximum(start, pixel)).clamp(min=0) * (cells / length)
         shape = [-1] + [1] * (-dim - 1)
-        part = image.index_select(dim, pixel.long().clamp(max=length - 1))
-        total = total + part * share.to(image.dtype).view(shape)
+        part = image.index_select(dim, pixel.long().clamp(max=length - 1).to(image.device))
+        total = total + part * share.to(image).view(shape)
     return total
 
 

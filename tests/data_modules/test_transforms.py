@@ -42,6 +42,16 @@ def test_shrinking_takes_area_means() -> None:
     assert np.abs(resize(image, 16, 16).astype(float) - expected).max() <= 0.5
 
 
+def test_side_that_shrinks_takes_area_means_even_where_the_other_grows() -> None:
+    tall = np.random.default_rng(0).random((640, 16), dtype=np.float32)
+    means = tall.reshape(64, 10, 16).mean(1)
+    middles = resize(tall, 64, 32)[:, 1:-1]
+    # twice as wide: a quarter of the way to the neighbour, and three
+    left, right = means[:, :-1], means[:, 1:]
+    assert np.allclose(middles[:, 0::2], 0.75 * left + 0.25 * right, atol=1e-6)
+    assert np.allclose(middles[:, 1::2], 0.25 * left + 0.75 * right, atol=1e-6)
+
+
 def test_alpha_follows_the_image_through_every_view() -> None:
     """An image whose red channel is the alpha must still have it as its red channel."""
     alpha = _disc()
