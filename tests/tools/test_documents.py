@@ -46,7 +46,7 @@ def test_a_tool_asks_for_the_markers_before_it_works(
 
 def test_every_table_has_its_place_in_the_documents() -> None:
     written = {
-        "RESULTS.md": {"ablation", "demo", "demo_long", "compact_composites"},
+        "RESULTS.md": {"ablation", "demo", "demo_long", "compact_composites", "compact_photographs"},
         "PERFORMANCE.md": {
             path.stem for path in (ROOT / "tools").glob("benchmark_*.py") if "MARKERS" in path.read_text()
         },
