@@ -1,7 +1,7 @@
 """The whole road on generated scenes: shards, training, judging, a picture and a table.
 
     python tools/demo.py                   # configs/experiment/demo.yaml
-    python tools/demo.py --config configs/experiment/demo_long.yaml --folder outputs/demo_long
+    python tools/demo.py --config configs/experiment/demo_long.yaml --folder outputs/demo_long --scenes 24000
 
 Every step is one of the project's own commands and is printed before it runs, so that it can be run alone.
 """
