@@ -38,13 +38,13 @@ def _cell_means(image: Tensor, dim: int, cells: int) -> Tensor:
     borders = torch.arange(cells + 1, dtype=torch.float64) * (length / cells)
     start, end = borders[:-1], borders[1:]
     first = start.floor()
+    along = (-1,) + (1,) * (-dim - 1)
     total = image.new_zeros(())
     for step in range(math.ceil(length / cells) + 1):
         pixel = first + step
         share = (torch.minimum(end, pixel + 1) - torch.maximum(start, pixel)).clamp(min=0) * (cells / length)
-        shape = [-1] + [1] * (-dim - 1)
         part = image.index_select(dim, pixel.long().clamp(max=length - 1).to(image.device))
-        total = total + part * share.to(image).view(shape)
+        total = total + part * share.to(image).view(along)
     return total
 
 
