@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 class GradientNorms(pl.Callback):
     """Log the gradient's L2 norm of every parameter group as ``grad_norm/<group>``, before clipping.
 
-    The groups are those of ``model.learning_rate_scales``, each split into decayed and not decayed parameters. With
+    The groups are those of ``model.learning_rate_scales``, each split into matrices, lookup tables and vectors. With
     sharded parameters (FSDP) it is the norm of this process's share.
     """
 

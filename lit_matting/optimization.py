@@ -21,9 +21,11 @@ BACKBONE = "network.backbone."
 def parameter_groups(
     module: nn.Module, learning_rate: float, weight_decay: float, scales: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups of the trainable parameters, one per (learning-rate scale, decayed or not).
+    """Return optimizer groups of the trainable parameters, one per (learning-rate scale, kind of parameter).
 
     Vectors and scalars (biases, norms, the adapter's gamma) are not decayed: pulling them to zero regularises nothing.
+    Lookup tables (embeddings of words and positions) are groups of their own, marked ``tables``, for an optimizer that
+    treats matrices as linear maps (:class:`lit_matting.muon.Muon`): their rows are not mixed by any product.
 
     Args:
         module: The module whose trainable parameters are grouped.
@@ -35,21 +37,26 @@ def parameter_groups(
         InputError: If a prefix matches no trainable parameter. One inside the backbone is only warned about: another
             backbone in the same experiment has other parts.
     """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
     unused = set(scales)
+    embeddings = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         prefix = max((p for p in scales if name == p or name.startswith(p + ".")), key=len, default="")
         unused.discard(prefix)
         decayed = parameter.ndim > 1
+        # what multiplies something is called a weight: a table of positions is a parameter by itself
+        table = decayed and (name in embeddings or not name.endswith("weight"))
+        kind = "/tables" if table else "" if decayed else "/no_decay"
         group = groups.setdefault(
-            (prefix, decayed),
+            (prefix, kind),
             {
                 "params": [],
                 "lr": learning_rate * scales.get(prefix, 1.0),
                 "weight_decay": weight_decay if decayed else 0.0,
-                "name": f"{prefix or 'rest'}{'' if decayed else '/no_decay'}",
+                "name": f"{prefix or 'rest'}{kind}",
+                "tables": table,
             },
         )
         group["params"].append(parameter)

@@ -52,7 +52,7 @@ def test_norms_and_rates_of_every_group_are_in_the_csv(
     rows = list(csv.DictReader((tmp_path / "logs/version_0/metrics.csv").open()))
     logged = {key: float(value) for row in rows for key, value in row.items() if value}
     unet = "network.backbone.unet"
-    assert set(norms) == {unet, f"{unet}/no_decay", "rest", "rest/no_decay"}
+    assert set(norms) == {unet, f"{unet}/no_decay", "rest", "rest/tables", "rest/no_decay"}
     for name, norm in norms.items():
         assert norm > 1e-3  # clipping comes later
         assert logged[f"grad_norm/{name}"] == pytest.approx(norm, rel=1e-4)
