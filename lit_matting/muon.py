@@ -61,7 +61,7 @@ def _divided(group: Mapping[str, Any], smallest: int) -> list[dict[str, Any]]:
     members = [members] if isinstance(members, Tensor) else list(members)
     hidden, others = [], []
     for parameter in members:
-        matrix = parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= smallest
+        matrix = parameter.ndim > 1 and min(parameter.shape[0], parameter.shape[1:].numel()) >= smallest
         (hidden if matrix and not group.get("tables", False) else others).append(parameter)
     parts = [{**group, "params": hidden, "use_muon": True}, {**group, "params": others, "use_muon": False}]
     if hidden and others and "name" in group:
