@@ -1,4 +1,7 @@
-"""Muon: orthogonal updates for matrices and kernels, AdamW for everything else."""
+"""Muon: orthogonal updates for matrices and kernels, AdamW for everything else.
+
+Apart from optimization.py, which every run imports: pytorch_optimizer takes a second to import.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +61,10 @@ class Muon(pytorch_optimizer.Muon):
 def _divided(group: Mapping[str, Any], smallest: int) -> list[dict[str, Any]]:
     """Split a group into what is orthogonalised and what is left to AdamW; an empty part is left out."""
     members = group["params"]
-    members = [members] if isinstance(members, Tensor) else list(members)
     hidden, others = [], []
-    for parameter in members:
+    for parameter in [members] if isinstance(members, Tensor) else members:
         matrix = parameter.ndim > 1 and min(parameter.shape[0], parameter.shape[1:].numel()) >= smallest
-        (hidden if matrix and not group.get("tables", False) else others).append(parameter)
+        (hidden if matrix and not group.get("tables") else others).append(parameter)
     parts = [{**group, "params": hidden, "use_muon": True}, {**group, "params": others, "use_muon": False}]
     if hidden and others and "name" in group:
         parts[1]["name"] = f"{group['name']}/adamw"

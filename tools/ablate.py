@@ -1,7 +1,7 @@
 """Switch each loss term of an experiment off in turn, and say what it was worth.
 
     python tools/ablate.py configs/experiment/demo.yaml --seeds 3
-    python tools/ablate.py configs/experiment/demo.yaml --seeds 3 --steps 800 --table docs/RESULTS.md
+    python tools/ablate.py configs/experiment/demo.yaml --seeds 2 --steps 600 --table docs/RESULTS.md
     python tools/ablate.py configs/experiment/sd21_joint.yaml -- --model.backbone configs/backbone/sd15.yaml
 
 Every run is a `fit` and a `test` of the project's own command in a folder of its own. A run that is finished is not run
